@@ -1,0 +1,196 @@
+"""Grounding DINO through transformers: Grounding DINO, MM-Grounding-DINO and LLMDet checkpoints.
+
+    GroundingDinoDetector("IDEA-Research/grounding-dino-base").detect([image], [["cup", "cold bottle"]])
+
+Left out on purpose: code from a checkpoint's repository (`trust_remote_code`) and pickled weights.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoProcessor
+
+from detgpt.detectors import Grounding
+from detgpt.detectors.spans import TokenScores, check_query, ground_images, make_prompts
+from detgpt.errors import InputError, ModelError
+
+MODEL_TYPES = ("grounding-dino", "mm-grounding-dino")
+# transformers writes these ids into the text masks, whatever tokenizer the checkpoint brings.
+SPECIAL_IDS = {"[CLS]": 101, "[SEP]": 102, ".": 1012, "?": 1029}
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Images of one size after the image encoder; every tensor has them along its first dimension."""
+
+    pixel_values: torch.Tensor  # (B, 3, H, W)
+    pixel_mask: torch.Tensor  # (B, H, W)
+    feature_maps: list[tuple[torch.Tensor, torch.Tensor]]  # per level: (B, C, h, w) and its mask (B, h, w)
+
+
+class GroundingDinoDetector:
+    """A Grounding DINO of the transformers family, loaded once; safe to call from several threads."""
+
+    def __init__(
+        self,
+        model_id_or_folder: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+        max_prompts_per_pass: int = 4,
+    ) -> None:
+        """Load a checkpoint by its hub id or from a local folder.
+
+        `device` None: CUDA where there is one, else the CPU. `dtype` None: float32, whatever the checkpoint
+        was saved in (a half-precision file would otherwise run, slowly, in half precision on the CPU).
+        `max_prompts_per_pass` bounds memory: that many prompts, or images, go through the network together.
+        Raises `ModelError` when the checkpoint is missing, incomplete or of another kind.
+        """
+        if max_prompts_per_pass < 1:
+            raise InputError(f"max_prompts_per_pass must be at least 1, got {max_prompts_per_pass}.")
+        self.name = str(model_id_or_folder)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.max_prompts_per_pass = max_prompts_per_pass
+        self.processor, self.model = _load(self.name, _torch_dtype(dtype), revision)
+        self.model.to(self.device).eval()
+        self._lock = threading.Lock()
+
+    def detect(
+        self,
+        images: Sequence[Image.Image],
+        names: Sequence[Sequence[str]],
+        *,
+        box_threshold: float = 0.25,
+        text_threshold: float = 0.25,
+        prompting: str = "separate",
+    ) -> list[Grounding]:
+        """Look for `names[i]` in `images[i]`; one `Grounding` per image, boxes in that image's pixels.
+
+        `prompting="separate"`: each name is a prompt of its own, so what else is asked does not change its
+        boxes; the image encoder still runs once per image. A box needs a name score of `box_threshold`.
+        `prompting="joint"`: the names share one prompt (a second one past the checkpoint's `max_text_len`
+        tokens). A box needs `box_threshold` at the prompt's best token and `text_threshold` at its name.
+        Raises `InputError` for thresholds outside [0, 1], another `prompting`, an empty or endless name.
+        """
+        check_query(images, names, box_threshold, text_threshold, prompting)
+        with self._lock, torch.inference_mode():
+            max_tokens = self.model.config.max_text_len
+            return ground_images(
+                images,
+                [make_prompts(asked, prompting, self._count_tokens, max_tokens) for asked in names],
+                encode=self._encode,
+                fuse=self._fuse,
+                max_prompts_per_pass=self.max_prompts_per_pass,
+                box_threshold=box_threshold,
+                text_threshold=text_threshold if prompting == "joint" else None,
+            )
+
+    def _count_tokens(self, text: str) -> int:
+        return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _encode(self, images: list[Image.Image]) -> _Encoded:
+        pixels = self.processor.image_processor(images=images, do_pad=True, return_tensors="pt").to(self.device)
+        pixel_values = pixels["pixel_values"].to(self.model.dtype)
+        pixel_mask = pixels["pixel_mask"]
+        feature_maps = self.model.model.backbone.conv_encoder(pixel_values, pixel_mask)
+        return _Encoded(pixel_values, pixel_mask, feature_maps)
+
+    def _fuse(self, encoded: _Encoded, rows: list[int], texts: list[str]) -> Iterator[TokenScores]:
+        # Shorter prompts are padded. The padding is masked in the text encoder, in both directions of the
+        # fusion and in the decoder, and its logits are -inf, so that a prompt's scores do not depend on it.
+        tokens = self.processor.tokenizer(
+            texts, padding=True, return_tensors="pt", return_offsets_mapping=True, return_token_type_ids=True
+        )
+        offsets = tokens.pop("offset_mapping").numpy()
+        features = [(maps[rows], mask[rows]) for maps, mask in encoded.feature_maps]
+        with _replaying(self.model.model.backbone, features):
+            output = self.model(
+                # With the encoder's features at hand only the shape of the pixels is still read.
+                pixel_values=encoded.pixel_values[:1].expand(len(rows), -1, -1, -1),
+                pixel_mask=encoded.pixel_mask[rows],
+                **tokens.to(self.device),
+                return_dict=True,
+            )
+        probabilities = output.logits.float().sigmoid().cpu().numpy()
+        boxes = output.pred_boxes.float().cpu().numpy()
+        return (TokenScores(*row) for row in zip(offsets, probabilities, boxes, strict=True))
+
+
+class _Replay(nn.Module):
+    """Stands in for the image encoder and returns what that already computed."""
+
+    def __init__(self, feature_maps: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        super().__init__()
+        self.feature_maps = feature_maps
+
+    def forward(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor) -> list[Any]:
+        return self.feature_maps
+
+
+@contextmanager
+def _replaying(backbone: nn.Module, feature_maps: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """Let the model's own forward run on features computed before. Hold the detector's lock."""
+    encoder = backbone.conv_encoder
+    backbone.conv_encoder = _Replay(feature_maps)
+    try:
+        yield
+    finally:
+        backbone.conv_encoder = encoder
+
+
+def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
+    if not isinstance(resolved, torch.dtype):
+        raise InputError(f"dtype must name a torch dtype such as 'float32' or 'bfloat16', got {dtype!r}.")
+    return resolved
+
+
+def _load(source: str, dtype: torch.dtype, revision: str | None) -> tuple[Any, Any]:
+    """Processor and model of a checkpoint, checked to be whole and of a kind this file can read."""
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    try:
+        model_type = AutoConfig.from_pretrained(source, **options).model_type
+        if model_type not in MODEL_TYPES:
+            raise ModelError(
+                f"{source} holds a model of type {model_type!r}; this detector reads {', '.join(MODEL_TYPES)}."
+            )
+        processor = AutoProcessor.from_pretrained(source, **options)
+        model, report = AutoModelForZeroShotObjectDetection.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"Cannot load a Grounding DINO from {source}: {error} Check the hub id or the folder; it must hold "
+            "config.json, model.safetensors, and the processor's and tokenizer's files."
+        ) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"The weights in {source} lack {len(missing)} tensors of its config.json, such as {missing[0]}; "
+            "they would run as random numbers. Download the checkpoint again or use its own config."
+        )
+    _check_tokenizer(source, processor)
+    return processor, model
+
+
+def _check_tokenizer(source: str, processor: Any) -> None:
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None or not tokenizer.is_fast:
+        raise ModelError(f"{source} lacks a fast tokenizer; add its tokenizer.json, which maps tokens to names.")
+    found = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_IDS}
+    if found != SPECIAL_IDS:
+        raise ModelError(
+            f"The tokenizer in {source} numbers its special tokens {found}; Grounding DINO in transformers "
+            f"needs {SPECIAL_IDS}, those of bert-base-uncased. Renumber the vocabulary and train again."
+        )

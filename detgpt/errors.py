@@ -1,0 +1,49 @@
+"""The errors that DetGPT raises on purpose.
+
+    Exception
+    └── DetGPTError
+        ├── InputError (also ValueError)          a wrong argument: a threshold of 7, an empty instruction
+        │   └── ImageError                        the image cannot be read or fetched, or is over a limit
+        ├── ModelError                            a checkpoint is missing, of the wrong kind, or does not load
+        └── MissingExtraError (also ImportError)  an optional package is not installed
+
+Callers' mistakes raise; a model's mistakes do not: a malformed answer is data, see `Detections.problem`.
+"""
+
+from __future__ import annotations
+
+__all__ = ["DetGPTError", "ImageError", "InputError", "MissingExtraError", "ModelError"]
+
+
+class DetGPTError(Exception):
+    """Base of every error that the library raises on purpose."""
+
+
+class InputError(DetGPTError, ValueError):
+    """An argument is wrong; the message names it, what was expected and what came."""
+
+
+class ImageError(InputError):
+    """The image cannot be read or fetched, or is over a limit."""
+
+
+class ModelError(DetGPTError):
+    """A checkpoint or model folder is missing, of the wrong kind, or does not load."""
+
+
+class MissingExtraError(DetGPTError, ImportError):
+    """An optional package is not installed; the message gives the line that installs it.
+
+    Args:
+        package: the package that could not be imported.
+        extra: the extra of DetGPT that brings it.
+    """
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed. Install it with: pip install 'detgpt[{extra}]'")
+        self.package = package
+        self.extra = extra
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
+        # Exceptions are rebuilt from their message by default; worker processes send this one back whole.
+        return type(self), (self.package, self.extra)

@@ -1,0 +1,504 @@
+"""Any image input becomes one RGB `PIL.Image`, under limits.
+
+`load_image` takes a path, an http(s) or data: URL, bytes, a binary file, a PIL image, a NumPy array or a
+torch tensor. Whatever cannot become a faithful picture raises `ImageError`.
+
+Left out on purpose: PostScript and metafiles (Pillow starts other programs for them), proxy settings from the
+environment (the address that was checked is the one connected to), and colour management by ICC profiles.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import http.client
+import io
+import ipaddress
+import os
+import re
+import socket
+import ssl
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent import futures
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, cast
+from urllib.parse import SplitResult, quote, unquote, unquote_to_bytes, urljoin, urlsplit
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from detgpt.errors import ImageError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["MAX_BYTES", "MAX_PIXELS", "MAX_REDIRECTS", "MAX_SECONDS", "ImageSource", "load_image"]
+
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray | torch.Tensor"
+
+MAX_PIXELS = 64_000_000  # width x height; only the product counts, so 20,000 x 100 is fine
+MAX_BYTES = 32 * 2**20  # of a download, a data: URL, or a stream that cannot seek
+MAX_SECONDS = 20.0  # of a whole download: name look-up, every redirect, headers and body
+MAX_REDIRECTS = 5
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "MPO")
+
+
+def load_image(
+    source: ImageSource,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+    max_seconds: float = MAX_SECONDS,
+    allow_private_urls: bool = False,
+) -> Image.Image:
+    """Read any image input as a new RGB picture, upright and without transparency.
+
+    Args:
+        source: one of
+            - a path (str or path-like), an `http:`/`https:` URL, or a base64 `data:image/...` URL;
+            - bytes of an image file, or a binary file open for reading;
+            - a PIL image of any mode;
+            - a NumPy array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4);
+            - a torch tensor (H, W), (C, H, W) or (H, W, C) with C in 1, 3, 4, on any device; (C, H, W) where
+              both readings fit.
+            Arrays and tensors hold RGB, not OpenCV's BGR (`bgr[..., ::-1]` converts), as uint8 in 0..255 or
+            as floats in [0, 1].
+        max_pixels: largest width x height, checked before pixels are decoded.
+        max_bytes: largest download, data: URL or unseekable stream, in bytes.
+        max_seconds: longest download in seconds, redirects included.
+        allow_private_urls: also fetch from private, loopback and other non-public addresses, for a camera on
+            the robot's own network. Leave it off where strangers choose the URL.
+
+    Returns:
+        A new `PIL.Image.Image` in mode RGB that shares no memory with `source`. EXIF orientation is applied
+        and the EXIF dropped, transparency lies on white, an animation gives its first frame, 16-bit values
+        are scaled from 0..65535.
+
+    Raises:
+        ImageError: the input is of no supported kind, cannot be read or fetched, or is over a limit.
+    """
+    if isinstance(source, Image.Image):
+        with _decoding("the PIL image", max_pixels):
+            return _to_rgb(source, "the PIL image", max_pixels)
+    if isinstance(source, np.ndarray):
+        return _array_to_image(source, "array", max_pixels)
+    if hasattr(source, "detach") and hasattr(source, "is_floating_point"):  # a torch tensor, without torch
+        return _array_to_image(_tensor_to_array(source), "tensor", max_pixels)
+
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _decode(io.BytesIO(source), "the image bytes", max_pixels)
+    if isinstance(source, str) and re.match(r"data:", source, re.IGNORECASE):
+        return _decode(io.BytesIO(_data_url_bytes(source, max_bytes)), "the data: URL", max_pixels)
+    if isinstance(source, str) and re.match(r"[a-z][a-z0-9+.-]+://", source, re.IGNORECASE):
+        body = _download(source, max_bytes, max_seconds, allow_private_urls)
+        return _decode(io.BytesIO(body), _shown(source), max_pixels)
+    if isinstance(source, (str, os.PathLike)):
+        with _open_file(Path(source)) as file:
+            return _decode(file, _quoted(source), max_pixels)
+    if hasattr(source, "read"):
+        return _decode(_seekable(source, max_bytes), "the image file object", max_pixels)
+    raise ImageError(
+        f"cannot read an image from {type(source).__name__}. "
+        "Pass a path, URL, bytes, binary file, PIL image, NumPy array or torch tensor."
+    )
+
+
+# -------------------------------------------------------------------------------------------- files and bytes
+
+
+def _open_file(path: Path) -> BinaryIO:
+    name = _quoted(path)
+    try:
+        if path.is_dir():
+            raise ImageError(f"{name} is a directory. Pass the path of one image file.")
+        if path.exists() and not path.is_file():  # a pipe would block for ever
+            raise ImageError(f"{name} is not a regular file. Pass an image file, or an open binary stream.")
+        return path.open("rb")
+    except FileNotFoundError:
+        raise ImageError(f"{name} does not exist. Check the path, seen from {Path.cwd()}.") from None
+    except ImageError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{name} cannot be opened: {error}. Check the path and its permissions.") from error
+
+
+def _seekable(stream: Any, max_bytes: int) -> BinaryIO:
+    """The stream itself, at its start; where it cannot seek, a copy of up to `max_bytes` of it."""
+    try:
+        seekable = stream.seekable()
+    except AttributeError:
+        seekable = False
+    if seekable:
+        stream.seek(0)
+        return stream
+    chunks, size = [], 0
+    while size <= max_bytes and (chunk := stream.read(2**16)):
+        _require_bytes(chunk)
+        chunks.append(chunk)
+        size += len(chunk)
+    if size > max_bytes:
+        raise _over_limit("the image stream", max_bytes)
+    return io.BytesIO(b"".join(chunks))
+
+
+def _require_bytes(chunk: object) -> None:
+    if not isinstance(chunk, bytes):
+        kind = type(chunk).__name__
+        raise ImageError(f"the image file object gives {kind}, not bytes. Open the file with mode 'rb'.")
+
+
+def _over_limit(name: str, max_bytes: int) -> ImageError:
+    return ImageError(f"{name} is over {max_bytes} bytes. Pass a smaller image, or raise max_bytes.")
+
+
+def _data_url_bytes(url: str, max_bytes: int) -> bytes:
+    header, comma, payload = url.partition(",")
+    if not comma or not re.fullmatch(r"data:image/[^,]+;base64", header, re.IGNORECASE):
+        raise ImageError(f"the data: URL starts {header[:60]!r}. Write it as data:image/png;base64,<data>.")
+    if len(payload) > 2 * max_bytes:  # base64 takes 4/3; some line breaks and %-escapes may come on top
+        raise _over_limit("the data: URL", max_bytes)
+    try:
+        body = base64.b64decode(b"".join(unquote_to_bytes(payload).split()), validate=True)
+    except binascii.Error as error:
+        raise ImageError(f"the data: URL holds damaged base64: {error}. Encode the image again.") from error
+    if len(body) > max_bytes:
+        raise _over_limit("the data: URL", max_bytes)
+    return body
+
+
+def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
+    """Decode a file that starts at 0 and can seek."""
+    head = file.read(512)
+    _require_bytes(head)
+    file.seek(0)
+    if re.match(rb"....ftyp(hei|hev|mif|msf)", head, re.DOTALL):
+        _register_heif()
+    Image.init()
+    known = [name for name in FORMATS if name in Image.OPEN]
+    with _decoding(name, max_pixels, head), Image.open(file, formats=known) as image:
+        return _to_rgb(image, name, max_pixels)
+
+
+# What Pillow's decoders raise on damaged files.
+_DECODER_ERRORS = (
+    OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, AttributeError,
+    OverflowError, RuntimeError, MemoryError, struct.error, zlib.error,
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def _decoding(name: str, max_pixels: int, head: bytes = b"") -> Iterator[None]:
+    """Turn what Pillow raises on a file that starts with `head` into `ImageError`."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError(f"{name} {_what_it_is(head)}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        limit = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)  # Pillow has one of its own
+        raise ImageError(f"{name} is over the limit of {limit} pixels. Scale it down.") from None
+    except _DECODER_ERRORS as error:
+        raise ImageError(f"{name} is damaged or cut short: {error}. Save or download it again.") from error
+
+
+def _register_heif() -> None:
+    try:
+        import pillow_heif
+    except ImportError:
+        return
+    pillow_heif.register_heif_opener()
+
+
+def _what_it_is(head: bytes) -> str:
+    """Name what a file that is no readable image starts with, and what to do about it."""
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        return "is empty (0 bytes). Save or download the image again."
+    if head[4:12] in (b"ftypavif", b"ftypavis"):
+        return "is an AVIF image. Convert it to JPEG or PNG, or `pip install 'pillow>=11.3'`."
+    if re.match(rb"....ftyp(hei|hev|mif|msf)", head, re.DOTALL):
+        return "is a HEIC/HEIF image. Convert it to JPEG or PNG, or `pip install pillow-heif`."
+    if b"<svg" in start:
+        return "is an SVG drawing. Export it as PNG."
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "is a web page, not an image. Pass the address of the picture itself."
+    if start.startswith(b"%pdf"):
+        return "is a PDF. Export the page as PNG."
+    if not re.search(rb"[\x00-\x08\x0e-\x1a]", head):
+        return "is text, not an image. Pass a JPEG, PNG, WebP, GIF, BMP or TIFF file."
+    return "is not an image in a supported format, or its start is damaged. Convert it to JPEG or PNG."
+
+
+# ---------------------------------------------------------------------------------------------- pixels to RGB
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    _check_size(*image.size, name, max_pixels)
+    image.load()
+    turn = _UPRIGHT.get(_orientation(image))  # after load, which turns a TIFF by itself
+    rgb = _flatten(image, name, max_pixels)
+    rgb = rgb if turn is None else rgb.transpose(turn)
+    rgb.info = {}  # the EXIF in it would turn the picture once more when it is loaded again
+    return rgb
+
+
+def _flatten(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    if image.mode == "F":
+        return _array_to_image(np.asarray(image), name, max_pixels)
+    if image.mode.startswith("I"):  # I;16 and its byte orders; I is what Pillow makes of 16-bit PGM
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ImageError(f"{name} holds values outside 16 bits. Scale it to 8 bits per channel.")
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except _DECODER_ERRORS:  # damaged EXIF says nothing about an otherwise good picture
+        return 1
+
+
+def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
+    if width * height == 0:
+        raise ImageError(f"{name} is empty ({width} x {height}). Pass an image of at least 1 x 1 pixels.")
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{name} is {width} x {height} = {width * height} pixels, over the limit of {max_pixels}. "
+            "Scale it down, or raise max_pixels."
+        )
+
+
+def _tensor_to_array(tensor: Any) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    if tensor.is_floating_point():
+        tensor = tensor.float()  # NumPy has no bfloat16
+    array = tensor.numpy()
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4):
+        return array.transpose(1, 2, 0)
+    return array
+
+
+def _array_to_image(array: np.ndarray, kind: str, max_pixels: int) -> Image.Image:
+    name = f"the {kind} of shape {array.shape} and dtype {array.dtype}"
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise ImageError(f"{name} is not one image. Pass one (H, W), (H, W, 3) or (H, W, 4).")
+    _check_size(array.shape[1], array.shape[0], name, max_pixels)
+    if np.issubdtype(array.dtype, np.floating):
+        low, high = float(array.min()), float(array.max())
+        if not (np.isfinite(low) and np.isfinite(high)):  # min and max pass NaN on
+            raise ImageError(f"{name} holds NaN or infinity. Replace them, for example with nan_to_num.")
+        if low < -1e-3 or high > 1 + 1e-3:  # resampling overshoots a little
+            raise ImageError(
+                f"{name} holds {low:g}..{high:g}. Undo any normalisation and scale floats to [0, 1], "
+                "or pass uint8 in 0..255."
+            )
+        array = (array.clip(0, 1) * 255).round().astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ImageError(f"{name} is of the wrong dtype. Pass uint8 in 0..255 or floats in [0, 1].")
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(array)), name, max_pixels)
+
+
+# --------------------------------------------------------------------------------------------------- download
+
+
+def _download(url: str, max_bytes: int, max_seconds: float, allow_private: bool) -> bytes:
+    """Fetch a URL; each hop's host is looked up once, checked, and connected to by that very address."""
+    deadline = time.monotonic() + max_seconds
+    name, parts = _shown(url), _split(url)
+    headers = {"Accept": "image/*", "User-Agent": "detgpt", "Connection": "close"}
+    if parts.username is not None:
+        login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        headers["Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
+    for _ in range(MAX_REDIRECTS + 1):
+        try:
+            body, redirect = _get(parts, headers, max_bytes, deadline, allow_private)
+        except ImageError:
+            raise
+        except TimeoutError:
+            raise ImageError(f"{name} took over {max_seconds:g} s. Retry, or raise max_seconds.") from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise ImageError(f"{name} cannot be fetched: {error}. Check address and network.") from error
+        if redirect is None:
+            return body
+        parts = _split(redirect)
+        headers.pop("Authorization", None)  # it was meant for the first host alone
+    raise ImageError(f"{name} redirects more than {MAX_REDIRECTS} times. Pass the final address.")
+
+
+def _get(
+    parts: SplitResult, headers: dict[str, str], max_bytes: int, deadline: float, allow_private: bool
+) -> tuple[bytes, str | None]:
+    """One request: the body, or the address that a redirect names."""
+    name, host, tls = _shown(parts.geturl()), parts.hostname or "", parts.scheme == "https"
+    request_type = http.client.HTTPSConnection if tls else http.client.HTTPConnection
+    request = request_type(host, parts.port or request_type.default_port)
+    target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
+    with _connect(host, request.port, tls, deadline, allow_private) as request.sock:
+        request.request("GET", quote(target, safe="/?%:@!$&'()*+,;=~"), headers=headers)
+        reader = cast(socket.socket, _DeadlineReader(request.sock, deadline))
+        with http.client.HTTPResponse(reader, method="GET") as response:
+            response.begin()
+            if response.status in (301, 302, 303, 307, 308) and (location := response.getheader("Location")):
+                return b"", urljoin(parts.geturl(), location)
+            if response.status != 200:
+                raise ImageError(f"{name} answers with HTTP status {response.status}. Check the address.")
+            announced = response.length or 0
+            body = response.read(max_bytes + 1) if announced <= max_bytes else b""
+    if max(announced, len(body)) > max_bytes:
+        raise _over_limit(name, max_bytes)
+    if len(body) < announced:
+        raise http.client.IncompleteRead(body, announced - len(body))
+    return body, None
+
+
+class _DeadlineReader(io.RawIOBase):
+    """Reads a socket up to a deadline; the socket's own timeout would start anew with every byte."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self._sock, self._deadline = sock, deadline
+        self._raw = sock.makefile("rb", buffering=0)
+
+    def makefile(self, mode: str) -> io.BufferedReader:  # what HTTPResponse asks of a socket
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._sock.settimeout(_seconds_left(self._deadline))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _seconds_left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def _connect(host: str, port: int, tls: bool, deadline: float, allow_private: bool) -> socket.socket:
+    addresses = _look_up(host, port, deadline)
+    private = [address for address in addresses if not _is_public(address)]
+    if private and not allow_private:
+        raise ImageError(
+            f"the host {host!r} has the non-public address {private[0]}. "
+            "Pass a public URL, or allow_private_urls=True if you trust whoever chose this one."
+        )
+    for tried, address in enumerate(addresses, start=1):
+        # A dead address leaves time for the next.
+        patience = _seconds_left(deadline) / (len(addresses) - tried + 1)
+        try:
+            sock = socket.create_connection((address, port), timeout=patience)
+            break
+        except OSError:
+            if tried == len(addresses):
+                raise
+    if not tls:
+        return sock
+    sock.settimeout(_seconds_left(deadline))
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(sock.close)
+        wrapped = ssl.create_default_context().wrap_socket(sock, server_hostname=host)
+        on_failure.pop_all()
+    return wrapped
+
+
+def _look_up(host: str, port: int, deadline: float) -> list[str]:
+    """All addresses of a host. The system's look-up knows no timeout, so a thread waits for it."""
+    answer: futures.Future[list[str]] = futures.Future()
+
+    def look_up() -> None:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            answer.set_result(list(dict.fromkeys(str(entry[4][0]) for entry in found)))
+        except (OSError, ValueError) as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=look_up, daemon=True).start()
+    try:
+        return answer.result(timeout=_seconds_left(deadline))
+    except futures.TimeoutError:  # a type of its own until Python 3.11
+        raise TimeoutError from None
+
+
+# Not the open internet, though `ipaddress` calls some of them global, depending on Python's version.
+_NOT_PUBLIC = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "168.63.129.16/32",  # Azure's metadata
+        "192.0.0.0/24",  # protocol assignments, among them Oracle's metadata
+        "192.88.99.0/24", "2001::/32", "2002::/16",  # 6to4 and Teredo carry an IPv4 address inside
+        "64:ff9b:1::/48",  # local NAT64
+        "fec0::/10",  # site-local
+    )
+)  # fmt: skip
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+
+def _is_public(address: str) -> bool:
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else None)
+        if inner is not None:
+            return _is_public(str(inner))
+    if ip.is_multicast or ip.is_reserved or ip.is_link_local or any(ip in network for network in _NOT_PUBLIC):
+        return False
+    return ip.is_global
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        valid = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ImageError(f"{_shown(url)} is not a valid URL. Write it as https://host/picture.jpg.")
+    if parts.scheme not in ("http", "https"):
+        raise ImageError(
+            f"{_shown(url)} is not an http: or https: URL. Download the image and pass its path."
+        )
+    return parts
+
+
+def _shown(url: str) -> str:
+    """The URL as messages show it: without login, query (it may hold a signature) and fragment."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "the URL"
+    host = parts.netloc.rpartition("@")[2]
+    return _quoted(f"{parts.scheme}://{host}{parts.path}" + ("?..." if parts.query else ""))
+
+
+def _quoted(text: object) -> str:
+    shown = str(text)
+    return repr(shown if len(shown) <= 200 else shown[:197] + "...")

@@ -1,0 +1,117 @@
+"""Named pairs of a reasoner and a detector, and how their parts are found and loaded.
+
+A pair is named ("picto", "small", "base", "large") or is a folder with a `detgpt.json`:
+
+    {"reasoner": "reasoner", "detector": "detector", "options": {"box_threshold": 0.3}}
+
+Paths in it are relative to the folder; anything else is a hub id.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from detgpt.errors import InputError, ModelError
+
+if TYPE_CHECKING:
+    from detgpt.detectors import Detector
+    from detgpt.reasoners import Reasoner
+
+_PACKAGE = Path(__file__).parent
+PAIR_FILE = "detgpt.json"
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """A reasoner and a detector that go together, with what a user should know before choosing them."""
+
+    reasoner: str
+    detector: str
+    knows: str = ""
+    needs: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _weights_folder() -> Path:
+    """`weights/` of the installed package, or of the checkout that it is installed from."""
+    installed = _PACKAGE / "weights"
+    return installed if installed.is_dir() else _PACKAGE.parent / "weights"
+
+
+PAIRS: dict[str, ModelPair | Path] = {
+    "picto": _weights_folder() / "picto",
+    "small": ModelPair(
+        "Qwen/Qwen3-VL-2B-Instruct",
+        "IDEA-Research/grounding-dino-tiny",
+        knows="photographs",
+        needs="5 GB download, 6 GB memory",
+    ),
+    "base": ModelPair(
+        "Qwen/Qwen3-VL-4B-Instruct",
+        "IDEA-Research/grounding-dino-base",
+        knows="photographs, better",
+        needs="10 GB download, 12 GB GPU memory",
+    ),
+    "large": ModelPair(
+        "Qwen/Qwen3-VL-8B-Instruct",
+        "iSEE-Laboratory/llmdet_large",
+        knows="photographs, best",
+        needs="20 GB download, 24 GB GPU memory",
+    ),
+}
+
+
+def resolve(model: str | Path) -> ModelPair:
+    """The pair of that name, or of that folder. Raises `ModelError` where there is none."""
+    pair = PAIRS.get(str(model), Path(model))
+    if isinstance(pair, ModelPair):
+        return pair
+    file = pair / PAIR_FILE
+    if not file.is_file():
+        known = ", ".join(PAIRS)
+        raise ModelError(
+            f"no model pair {str(model)!r}: choose one of {known}, give a folder that holds {PAIR_FILE}, "
+            "or name both parts with DetGPT(reasoner=…, detector=…)"
+        )
+    try:
+        described = json.loads(file.read_text(encoding="utf-8"))
+        parts = {**described, **{part: _local_or_hub(pair, described[part]) for part in ("reasoner", "detector")}}
+        return ModelPair(**parts)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{file} is not a description of a model pair ({error}): it needs 'reasoner' and 'detector', "
+            "and may have 'options', 'knows' and 'needs'"
+        ) from error
+
+
+def _local_or_hub(folder: Path, part: str) -> str:
+    return str(folder / part) if (folder / part).is_dir() else part
+
+
+def load_reasoner(reasoner: str | Path | Reasoner, **loading: Any) -> Reasoner:
+    """A reasoner as it is, or the checkpoint of that hub id or folder."""
+    if not isinstance(reasoner, (str, Path)):
+        return reasoner
+    from detgpt.reasoners.huggingface import HuggingFaceReasoner
+
+    return HuggingFaceReasoner(reasoner, **loading)
+
+
+def load_detector(detector: str | Path | Detector, **loading: Any) -> Detector:
+    """A detector as it is, or the checkpoint of that hub id or folder."""
+    if not isinstance(detector, (str, Path)):
+        return detector
+    from detgpt.detectors.grounding_dino import GroundingDinoDetector
+
+    return GroundingDinoDetector(detector, **loading)
+
+
+def check_is_pair(reasoner: object, detector: object) -> None:
+    """Raise `InputError` where an object does not have the verb of its part."""
+    for part, value, verb in (("reasoner", reasoner, "reason"), ("detector", detector, "detect")):
+        if not callable(getattr(value, verb, None)):
+            raise InputError(f"{part}={value!r} has no method {verb!r}: give a hub id, a folder or a {part} object")

@@ -1,0 +1,254 @@
+"""The method: ask the reasoner what the wish needs, ground its targets with the detector, give back one result.
+
+    ask → parse → ground → result
+
+This is the only module that knows both models. Everything else either feeds it an image and a wish or formats the
+`Detections` that it returns.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from detgpt.answer import RETRY_INSTRUCTION, ParsedAnswer, name_confidence, parse_answer
+from detgpt.boxes import nms_per_target, one_target_per_box
+from detgpt.errors import InputError
+from detgpt.images import ImageSource, load_image
+from detgpt.models import load_detector, load_reasoner, resolve
+from detgpt.reasoners import RawAnswer, Request, Turn
+from detgpt.results import Detections, Target
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from detgpt.detectors import Detector, Grounding
+    from detgpt.reasoners import Reasoner
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be set for one call or for a whole model.
+
+    box_threshold: least score of a box, in [0, 1].
+    text_threshold: least score of a box for its own name where several names share a prompt, in [0, 1].
+    nms_threshold: boxes of one target that overlap more than this IoU are one thing; in (0, 1].
+    prompting: "separate" asks for each name by itself, so no name disturbs another;
+        "joint" puts all names into one prompt, as the original did: cheaper with many names.
+    share_boxes: let two targets have the same box; otherwise the better-scored one keeps it.
+    max_new_tokens: the longest answer of the reasoner, in tokens.
+    """
+
+    box_threshold: float = 0.25
+    text_threshold: float = 0.25
+    nms_threshold: float = 0.6
+    prompting: str = "separate"
+    share_boxes: bool = False
+    max_new_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("box_threshold", "text_threshold", "nms_threshold"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise InputError(f"{name}={value!r} is outside [0, 1]: give a fraction such as 0.25")
+        if self.prompting not in ("separate", "joint"):
+            raise InputError(f"prompting={self.prompting!r} is unknown: choose 'separate' or 'joint'")
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={self.max_new_tokens!r} leaves no room for an answer: give 1 or more")
+
+    def updated(self, changes: dict[str, Any]) -> Options:
+        """These options with `changes`; a name that is no option raises `InputError`."""
+        unknown = set(changes) - {f.name for f in fields(self)}
+        if unknown:
+            known = ", ".join(f.name for f in fields(self))
+            raise InputError(f"unknown option {', '.join(sorted(unknown))}: the options are {known}")
+        return replace(self, **changes)
+
+
+class DetGPT:
+    """A reasoner and a detector, loaded once; safe to call from several threads.
+
+    `reasoner` and `detector` are hub ids, local folders, or objects with the one verb of their protocol
+    (`detgpt.reasoners.Reasoner.reason`, `detgpt.detectors.Detector.detect`). `device`, `dtype` and `loading`
+    (quantization, device_map, revision, …) go to the backends that load them. `options` are the model's defaults.
+    """
+
+    def __init__(
+        self,
+        reasoner: str | Path | Reasoner,
+        detector: str | Path | Detector,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        options: Options | None = None,
+        **loading: Any,
+    ):
+        self.reasoner = load_reasoner(reasoner, device=device, dtype=dtype, **loading)
+        self.detector = load_detector(detector, device=device)
+        self.options = options or Options()
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | Path = "picto", *, device: str | None = None, dtype: str | None = None, **loading: Any
+    ) -> DetGPT:
+        """Load a pair by name (`detgpt models` lists them) or from a folder that holds `detgpt.json`.
+
+        Raises `ModelError` where there is no such pair or its parts do not load.
+        """
+        pair = resolve(model)
+        options = Options().updated(dict(pair.options))
+        return cls(pair.reasoner, pair.detector, device=device, dtype=dtype, options=options, **loading)
+
+    def __repr__(self) -> str:
+        return f"DetGPT(reasoner={self.reasoner.name!r}, detector={self.detector.name!r})"
+
+    def detect(
+        self,
+        image: ImageSource,
+        instruction: str | None = None,
+        *,
+        names: Sequence[str] | None = None,
+        history: Sequence[Turn] = (),
+        **options: Any,
+    ) -> Detections:
+        """Find what `instruction` needs in `image`; or, without any reasoning, the things called `names`.
+
+        image: path, http(s) URL, bytes, PIL image, NumPy array (RGB) or tensor; see `detgpt.images.load_image`.
+        history: earlier turns about the same image. `options`: see `Options`.
+        """
+        picture = load_image(image)
+        if names is not None:
+            if instruction is not None:
+                raise InputError("both an instruction and names were given: give one of the two")
+            return self._ground([picture], [ParsedAnswer.of_names(names)], self.options.updated(options))[0]
+        if instruction is None:
+            raise InputError("nothing to look for: give an instruction, or names=[…] to detect without reasoning")
+        return self._detect([Request(picture, instruction, tuple(history))], self.options.updated(options))[0]
+
+    def detect_batch(self, items: Iterable[tuple[ImageSource, str]], **options: Any) -> list[Detections]:
+        """`detect` for many (image, instruction) pairs, batched through both models; results in order."""
+        requests = [Request(load_image(image), instruction) for image, instruction in items]
+        return self._detect(requests, self.options.updated(options))
+
+    def stream(
+        self, image: ImageSource, instruction: str, *, history: Sequence[Turn] = (), **options: Any
+    ) -> Iterator[str | Detections]:
+        """The reasoner's text piece by piece as it is written, then the `Detections`."""
+        chosen = self.options.updated(options)
+        request = Request(load_image(image), instruction, tuple(history))
+        raw = yield from self.reasoner.stream(request, max_new_tokens=chosen.max_new_tokens)
+        yield self._finish([request], [raw], chosen)[0]
+
+    def chat(self, image: ImageSource, **options: Any) -> Chat:
+        """A conversation about one image: every answer knows the turns before it."""
+        return Chat(self, load_image(image), self.options.updated(options))
+
+    def _detect(self, requests: list[Request], options: Options) -> list[Detections]:
+        raws = self.reasoner.reason(requests, max_new_tokens=options.max_new_tokens) if requests else []
+        return self._finish(requests, raws, options)
+
+    def _finish(self, requests: list[Request], raws: Sequence[RawAnswer], options: Options) -> list[Detections]:
+        """From raw answers to results: parse (one retry for an answer without targets), then ground."""
+        raws = list(raws)
+        parsed = [parse_answer(raw.text) for raw in raws]
+        failed = [i for i, answer in enumerate(parsed) if answer.problem]
+        if failed:
+            retries = [_restated(requests[i], raws[i]) for i in failed]
+            second = self.reasoner.reason(retries, max_new_tokens=options.max_new_tokens)
+            for i, raw in zip(failed, second, strict=True):
+                answer = parse_answer(raw.text)
+                if not answer.problem:
+                    parsed[i] = replace(answer, reasoning=answer.reasoning or parsed[i].reasoning)
+                    raws[i] = raw
+        return self._ground([r.image for r in requests], parsed, options, requests, raws)
+
+    def _ground(
+        self,
+        images: list[Image.Image],
+        answers: list[ParsedAnswer],
+        options: Options,
+        requests: Sequence[Request | None] = (None,),
+        raws: Sequence[RawAnswer] = (RawAnswer(""),),
+    ) -> list[Detections]:
+        groundings = self.detector.detect(
+            images,
+            [answer.names for answer in answers],
+            box_threshold=options.box_threshold,
+            text_threshold=options.text_threshold,
+            prompting=options.prompting,
+        )
+        tidy = [_tidy(grounding, options) for grounding in groundings]
+        parts = zip(images, answers, tidy, requests, raws, strict=True)
+        return [_result(image, answer, found, request, raw) for image, answer, found, request, raw in parts]
+
+
+class Chat:
+    """A conversation about one image. `ask` answers; `turns` are what was said so far."""
+
+    def __init__(self, model: DetGPT, image: Image.Image, options: Options):
+        self._model = model
+        self._options = options
+        self.image = image
+        self.turns: list[Turn] = []
+
+    def ask(self, instruction: str, **options: Any) -> Detections:
+        """Detect with the conversation so far in mind, and remember this turn."""
+        request = Request(self.image, instruction, tuple(self.turns))
+        result = self._model._detect([request], self._options.updated(options))[0]
+        self.turns.append(Turn(instruction, result.answer))
+        return result
+
+
+def detect(image: ImageSource, instruction: str | None = None, *, model: str = "picto", **arguments: Any) -> Detections:
+    """Find what `instruction` needs in `image` with the model pair `model`, loaded at the first call and kept.
+
+    Other arguments as in `DetGPT.detect`. The built-in "picto" needs no download but knows pictograms only:
+    for photographs choose "small", "base" or "large".
+    """
+    return _kept(model).detect(image, instruction, **arguments)
+
+
+@functools.lru_cache(maxsize=2)
+def _kept(model: str) -> DetGPT:
+    return DetGPT.from_pretrained(model)
+
+
+def _restated(request: Request, raw: RawAnswer) -> Request:
+    """The same request once more, with the answer that could not be read and the format restated."""
+    return replace(
+        request,
+        instruction=RETRY_INSTRUCTION,
+        history=(*request.history, Turn(request.instruction, raw.text)),
+    )
+
+
+def _tidy(grounding: Grounding, options: Options) -> Grounding:
+    """Each thing once: per target, and (unless boxes may be shared) across targets."""
+    grounding = nms_per_target(grounding, options.nms_threshold)
+    return grounding if options.share_boxes else one_target_per_box(grounding)
+
+
+def _result(
+    image: Image.Image, answer: ParsedAnswer, found: Grounding, request: Request | None, raw: RawAnswer
+) -> Detections:
+    boxed = set(np.unique(found.name_index).tolist())
+    targets = [
+        Target(name, name_confidence(raw, span) if request else None, found=i in boxed)
+        for i, (name, span) in enumerate(zip(answer.names, answer.spans, strict=True))
+    ]
+    return Detections(
+        boxes=found.boxes,
+        scores=found.scores,
+        labels=tuple(answer.names[i] for i in found.name_index),
+        targets=tuple(targets),
+        reasoning=answer.reasoning,
+        answer=raw.text,
+        problem=answer.problem,
+        instruction=request.instruction if request else None,
+        image=image,
+    )

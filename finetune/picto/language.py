@@ -1,0 +1,227 @@
+"""Wishes about a scene and the answers to them, in words: the text that the built-in reasoner learns from.
+
+A `Wish` is what somebody types and the set of classes that would fulfil it. `answer` writes what a good reasoner
+says: what it sees, why something fits, and the answer line of `detgpt.answer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from detgpt.answer import format_answer
+from finetune.picto.knowledge import Knowledge
+from finetune.picto.places import PLACES
+
+ASKS = (
+    "find {x}", "show me {x}", "where is {x}?", "I want {x}", "I need {x}", "I am looking for {x}", "is there {x}?",
+    "can you see {x}?", "please point out {x}", "I would like {x}", "give me {x}", "detect {x}", "look for {x}",
+    "I'm searching for {x}", "which one is {x}?", "mark {x}", "{x}", "{x}, please", "do you have {x}?", "get me {x}",
+)  # fmt: skip
+HELD_OUT_ASKS = ("please find {x} for me", "can you show me {x}?", "do you see {x} here?", "I want you to look for {x}")
+ASKS_ALL = (
+    "find all {x}", "show me all {x}", "where are the {x}?", "which {x} can you see?", "point out every one of the {x}",
+    "mark all {x}", "what {x} are there?", "are there any {x}?", "I am looking for {x}", "all {x}", "{x}", "detect {x}",
+)  # fmt: skip
+HELD_OUT_ASKS_ALL = ("please show me where the {x} are", "can you find all the {x}?", "I want to see all {x}")
+ASKS_EVERYTHING = (
+    "what is in this picture?", "what do you see?", "describe the picture", "find everything", "list all the things",
+    "show me all objects", "what is here?", "detect all objects", "what can you see?",
+)  # fmt: skip
+FOLLOW_UPS = ("only {x}", "just {x}", "of these, {x}", "{x} among them", "but only {x}", "now only {x}")
+OPENERS = ("", "", "", "", "", "Hi, ", "Hello, ", "Hey, ", "Please help: ", "Excuse me, ", "Help, ")
+CLOSERS = (
+    "", "", "", "", "", " What could help?", " What here could help me?", " Which of these helps?", " Any idea?",
+    " What can I use?", " Please help.", " What should I take?", " Is there something for that?",
+)  # fmt: skip
+NO_ARTICLE = frozenset(
+    "grapes broccoli corn bread cheese chocolate honey milk coffee beer wine juice soda ice jeans gloves socks glasses "
+    "headphones scissors soap dice".split()
+) | {"french fries", "ice cream", "toilet paper"}  # fmt: skip
+PLURAL = frozenset({"grapes", "jeans", "gloves", "socks", "glasses", "headphones", "scissors", "french fries"})
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What somebody asks. `reason` is a sentence; or `says` completes "the knife …" / "the knives …"."""
+
+    text: str
+    fits: frozenset[str]
+    kind: str  # need | two_step | exclusion | attribute | category | direct | everything | refinement
+    key: str
+    reason: str = ""
+    says: tuple[str, str] = ("fits", "fit")
+
+
+def with_article(name: str) -> str:
+    if name in NO_ARTICLE:
+        return name
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def listing(parts: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def answer(place: str, names: Sequence[str], wish: Wish) -> str:
+    """The whole answer about a scene: `names` are what is in it, from left to right."""
+    seen = f"{PLACES[place].phrase} I see {listing([with_article(n) for n in names])}."
+    fitting = [n for n in names if n in wish.fits]
+    sentences = [seen, wish.reason, _conclusion(fitting, wish)]
+    return format_answer(" ".join(s for s in sentences if s), fitting)
+
+
+def _conclusion(fitting: Sequence[str], wish: Wish) -> str:
+    if wish.kind == "everything":
+        return ""
+    if not fitting:
+        return "Nothing here fits."
+    plural = len(fitting) > 1 or fitting[0] in PLURAL
+    sentence = f"{listing([f'the {n}' for n in fitting])} {wish.says[plural]}."
+    return sentence[0].upper() + sentence[1:]
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """Everything that can be asked, from the knowledge base. `held_out` draws the phrasings kept for evaluation."""
+
+    knowledge: Knowledge
+
+    def of_need(self, key: str, rng: np.random.Generator, *, held_out: bool = False) -> Wish:
+        need = self.knowledge.needs[key]
+        says = need.held_out if held_out and need.held_out else need.says
+        text = str(rng.choice(list(says)))
+        if not held_out:
+            closer = str(rng.choice(CLOSERS)) if not text.endswith("?") else ""
+            text = str(rng.choice(OPENERS)) + text + ("." if closer and text[-1].isalnum() else "") + closer
+        because = need.because[0].upper() + need.because[1:] + "."
+        return Wish(text, self.knowledge.fitting(need.rule), need.kind, key, because)
+
+    def of_attribute(self, key: str, rng: np.random.Generator, *, held_out: bool = False) -> Wish:
+        attribute = self.knowledge.attributes[key]
+        text = str(rng.choice(HELD_OUT_ASKS if held_out else ASKS)).format(x=attribute.thing)
+        says = (attribute.says, attribute.plural_says)
+        return Wish(text, self.knowledge.fitting(key), "attribute", key, says=says)
+
+    def of_category(self, key: str, rng: np.random.Generator, *, held_out: bool = False) -> Wish:
+        category = self.knowledge.categories[key]
+        singular = category.ways[0]
+        asked, asks = str(rng.choice([category.plural, category.plural, *category.ways[1:]])), ASKS_ALL
+        asks = HELD_OUT_ASKS_ALL if held_out else ASKS_ALL
+        if rng.random() < 0.4:
+            asked, asks = with_article(singular), HELD_OUT_ASKS if held_out else ASKS
+        says = (f"is {with_article(singular)}", f"are {category.plural}")
+        return Wish(str(rng.choice(asks)).format(x=asked), self.knowledge.fitting(key), "category", key, says=says)
+
+    def of_class(self, key: str, rng: np.random.Generator, *, held_out: bool = False) -> Wish:
+        names = self.knowledge.classes[key].names
+        name = names[0] if rng.random() < 0.5 else str(rng.choice(names))
+        asked = f"the {name}" if rng.random() < 0.5 else with_article(name)
+        text = str(rng.choice(HELD_OUT_ASKS if held_out else ASKS)).format(x=asked)
+        return Wish(text, frozenset({key}), "direct", key, says=("is here", "are here"))
+
+    def of_exception(self, key: str, but: str, rng: np.random.Generator) -> Wish:
+        """A category without one of its classes."""
+        category = self.knowledge.categories[key]
+        phrase = str(rng.choice(["{p} but not the {n}", "{p} except the {n}", "{p} other than the {n}"]))
+        asked = phrase.format(p=category.plural, n=but)
+        fits = self.knowledge.fitting(key) - {but}
+        says = (f"is {with_article(category.ways[0])}", f"are {category.plural}")
+        return Wish(str(rng.choice(ASKS_ALL)).format(x=asked), fits, "exclusion", f"{key} - {but}", says=says)
+
+    def of_everything(self, rng: np.random.Generator) -> Wish:
+        return Wish(str(rng.choice(ASKS_EVERYTHING)), frozenset(self.knowledge.classes), "everything", "everything")
+
+    def refined(self, first: Wish, key: str, rng: np.random.Generator) -> Wish:
+        """A follow-up that narrows `first` down to an attribute."""
+        attribute = self.knowledge.attributes[key]
+        fits = first.fits & self.knowledge.fitting(key)
+        text = str(rng.choice(FOLLOW_UPS)).format(x=attribute.thing)
+        return Wish(text, fits, "refinement", key, says=(attribute.says, attribute.plural_says))
+
+    @cached_property
+    def trained_needs(self) -> list[str]:
+        return [k for k, n in self.knowledge.needs.items() if n.split == "train"]
+
+    @cached_property
+    def held_out_needs(self) -> list[str]:
+        return [k for k, n in self.knowledge.needs.items() if n.split != "train"]
+
+
+class WishSampler:
+    """Draws a wish for a scene: usually one that something in it fulfils, sometimes one that nothing does."""
+
+    KINDS = {"need": 0.52, "attribute": 0.16, "category": 0.08, "direct": 0.14, "exclusion": 0.05, "everything": 0.05}
+
+    def __init__(self, wishes: Wishes, *, nothing_fits: float = 0.22):
+        self.wishes = wishes
+        self.nothing_fits = nothing_fits
+        knowledge = wishes.knowledge
+        self._fits = {
+            "need": {k: knowledge.fitting(knowledge.needs[k].rule) for k in wishes.trained_needs},
+            "attribute": {k: knowledge.fitting(k) for k in knowledge.attributes},
+            "category": {k: knowledge.fitting(k) for k in knowledge.categories},
+            "direct": {k: frozenset({k}) for k in knowledge.classes},
+        }
+        self._fits["held_out_need"] = {
+            k: knowledge.fitting(knowledge.needs[k].rule) for k in wishes.held_out_needs
+        }
+
+    def draw(
+        self, rng: np.random.Generator, present: Sequence[str], kind: str | None = None, *, held_out: bool = False
+    ) -> Wish:
+        kind = kind or str(rng.choice(list(self.KINDS), p=list(self.KINDS.values())))
+        if kind == "everything":
+            return self.wishes.of_everything(rng)
+        if kind == "exclusion":
+            return self._exception(rng, present)
+        key = self._choose(rng, kind, frozenset(present))
+        make = {
+            "need": self.wishes.of_need,
+            "held_out_need": self.wishes.of_need,
+            "attribute": self.wishes.of_attribute,
+            "category": self.wishes.of_category,
+            "direct": self.wishes.of_class,
+        }[kind]
+        return make(key, rng, held_out=held_out)
+
+    def _choose(self, rng: np.random.Generator, kind: str, present: frozenset[str]) -> str:
+        fits = self._fits[kind]
+        wanted = rng.random() >= self.nothing_fits
+        keys = [k for k, classes in fits.items() if bool(classes & present) == wanted]
+        if not keys:
+            return str(rng.choice(list(fits)))
+        # Wishes that many classes fulfil would come up most often: weigh them down.
+        weights = np.array([1 / (len(fits[k]) + 2) if wanted else 1.0 for k in keys])
+        return str(rng.choice(keys, p=weights / weights.sum()))
+
+    def _exception(self, rng: np.random.Generator, present: Sequence[str]) -> Wish:
+        classes = self.wishes.knowledge.classes
+        but = str(rng.choice(list(present)))
+        return self.wishes.of_exception(classes[but].category, but, rng)
+
+    def follow_up(self, rng: np.random.Generator, first: Wish, present: Sequence[str]) -> Wish | None:
+        """A refinement of `first` that keeps some but not all of what fitted; None where there is none."""
+        fitted = first.fits & set(present)
+        kept_back = set(self._fits["held_out_need"].values())  # combinations that only the evaluation may ask for
+        keys = [
+            k
+            for k, c in self._fits["attribute"].items()
+            if 0 < len(c & fitted) < len(fitted) and c & first.fits not in kept_back
+        ]
+        return self.wishes.refined(first, str(rng.choice(keys)), rng) if keys else None
+
+
+def as_typed(rng: np.random.Generator, text: str) -> str:
+    """The wish as people type it: sometimes without capitals or the final mark."""
+    if rng.random() < 0.4:
+        text = text.lower()
+    if rng.random() < 0.4:
+        text = text.rstrip(".!?")
+    elif text[-1].isalnum() and rng.random() < 0.3:
+        text += str(rng.choice([".", "!"]))
+    return text[0].upper() + text[1:] if rng.random() < 0.5 else text

@@ -1,0 +1,565 @@
+"""The reasoners: a real (tiny) image-text-to-text checkpoint, a real HTTP server, and the script."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from detgpt.answer import RETRY_INSTRUCTION, format_instruction, name_confidence, parse_answer
+from detgpt.errors import InputError, MissingExtraError, ModelError
+from detgpt.reasoners import RawAnswer, Request, TokenSpan, Turn
+from detgpt.reasoners.huggingface import HuggingFaceReasoner
+from detgpt.reasoners.openai import OpenAIReasoner
+from detgpt.reasoners.scripted import ScriptedReasoner
+
+# What the tiny model learns by heart: instruction → everything it would write if nobody stopped it.
+LEARNED = {
+    "drink": 'A desk.\nTargets: ["cup"]\nTargets: ["mug"]',
+    "read": 'I see a book and a paper on it.\nTargets: ["book", "paper"]',
+    "kaffee": 'Ein Café ☕.\nTargets: ["tasse ☕"]',
+    "talk": "I talk and talk and talk and talk.",
+}
+WRITTEN = {**LEARNED, "drink": 'A desk.\nTargets: ["cup"]'}
+
+
+def image(color: str = "gray") -> Image.Image:
+    return Image.new("RGB", (40, 30), color)
+
+
+def ask(instruction: str, *history: Turn) -> Request:
+    return Request(image(), instruction, history)
+
+
+def read(stream: Iterator[str]) -> tuple[list[str], RawAnswer]:
+    pieces = []
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as stop:
+            return pieces, stop.value
+
+
+# --- Hugging Face ---
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tiny_processor() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<end>", "<image>", "<user>", "<assistant>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        ["Targets Targets talk talk"], trainers.BpeTrainer(vocab_size=270, special_tokens=special, initial_alphabet=alphabet)
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", eos_token="<end>", additional_special_tokens=special[2:]
+    )
+    pixels = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return LlavaProcessor(
+        pixels,
+        tokenizer,
+        patch_size=8,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def tiny_model(processor: Any) -> Any:
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    tokenizer = processor.tokenizer
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    config = LlavaConfig(vision, text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"), detgpt_prompt="bare")
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def learn_by_heart(model: Any, processor: Any) -> None:
+    import torch
+
+    conversations = [
+        [
+            {"role": "user", "content": [{"type": "image", "image": image()}, {"type": "text", "text": instruction}]},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+        for instruction, answer in LEARNED.items()
+    ]
+    batch = processor.apply_chat_template(
+        conversations,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    )
+    started = (batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<assistant>")).cumsum(1) > 0
+    labels = batch["input_ids"].masked_fill(~started, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(300):
+        loss = model(**batch, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if loss.item() < 0.02:
+            break
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny-llava")
+    processor = tiny_processor()
+    model = tiny_model(processor)
+    learn_by_heart(model, processor)
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def reasoner(folder: Path) -> HuggingFaceReasoner:
+    return HuggingFaceReasoner(folder, device="cpu")
+
+
+def edit_config(folder: Path, target: Path, **changes: object) -> Path:
+    """A copy of the checkpoint with other entries in its config."""
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | changes))
+    return target
+
+
+def test_a_batch_answers_like_its_requests_one_by_one(reasoner: HuggingFaceReasoner) -> None:
+    requests = [ask(instruction) for instruction in LEARNED]
+    together = reasoner.reason(requests)
+    alone = [reasoner.reason([request])[0] for request in requests]
+    assert [answer.text for answer in together] == list(WRITTEN.values())
+    assert [answer.text for answer in alone] == list(WRITTEN.values())
+    for one, other in zip(together, alone, strict=True):
+        assert [(token.start, token.end) for token in one.tokens] == [(token.start, token.end) for token in other.tokens]
+        assert [token.logprob for token in one.tokens] == pytest.approx([token.logprob for token in other.tokens], abs=1e-3)
+
+
+def test_no_requests_give_no_answers(reasoner: HuggingFaceReasoner) -> None:
+    assert reasoner.reason([]) == []
+
+
+def test_writing_stops_when_the_answer_line_is_complete(reasoner: HuggingFaceReasoner) -> None:
+    [answer] = reasoner.reason([ask("drink")])
+    assert answer.text == 'A desk.\nTargets: ["cup"]'
+    assert answer.complete
+
+
+def test_an_answer_without_a_target_line_ends_where_the_model_ends_it(reasoner: HuggingFaceReasoner) -> None:
+    [answer] = reasoner.reason([ask("talk")])
+    assert (answer.text, answer.complete) == (LEARNED["talk"], True)
+
+
+def test_an_answer_cut_at_the_limit_is_not_complete(reasoner: HuggingFaceReasoner) -> None:
+    short, done = reasoner.reason([ask("talk"), ask("drink")], max_new_tokens=19)
+    assert LEARNED["talk"].startswith(short.text) and not short.complete
+    assert len(short.tokens) == 19
+    [cut] = reasoner.reason([ask("drink")], max_new_tokens=3)
+    assert not cut.complete
+
+
+def test_token_spans_cover_the_text_with_probabilities(reasoner: HuggingFaceReasoner) -> None:
+    for answer in reasoner.reason([ask(instruction) for instruction in LEARNED]):
+        assert answer.tokens[0].start == 0 and answer.tokens[-1].end == len(answer.text)
+        for token, following in zip(answer.tokens, answer.tokens[1:]):
+            same_letter = (token.start, token.end) == (following.start, following.end)
+            assert same_letter or token.end == following.start
+        assert all(token.logprob <= 0 for token in answer.tokens)
+
+
+def test_the_bytes_of_one_letter_share_its_span(reasoner: HuggingFaceReasoner) -> None:
+    [answer] = reasoner.reason([ask("kaffee")])
+    parsed = parse_answer(answer.text)
+    assert parsed.names == ("tasse ☕",)
+    cup = answer.text.rindex("☕")
+    assert [(token.start, token.end) for token in answer.tokens if token.end == cup + 1] == [(cup, cup + 1)] * 3
+    confidence = name_confidence(answer, parsed.spans[0])
+    overlapping = [token.logprob for token in answer.tokens if token.end > parsed.spans[0][0] and token.start <= cup]
+    assert confidence == pytest.approx(math.exp(sum(overlapping))) and 0.3 < confidence <= 1
+
+
+def test_the_probabilities_are_those_of_the_model(reasoner: HuggingFaceReasoner) -> None:
+    import torch
+
+    [answer] = reasoner.reason([ask("read")])
+    inputs = reasoner._encode([ask("read")])
+    tokenizer = reasoner._processor.tokenizer
+    written = tokenizer(answer.text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    everything = torch.cat([inputs["input_ids"], written], dim=1)
+    with torch.inference_mode():
+        logits = reasoner._model(input_ids=everything, pixel_values=inputs["pixel_values"]).logits
+    logprobs = logits.log_softmax(-1)[0, inputs["input_ids"].shape[1] - 1 : -1].gather(1, written[0][:, None])[:, 0]
+    assert [token.logprob for token in answer.tokens] == pytest.approx(logprobs.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("instruction", LEARNED)
+def test_a_stream_adds_up_to_the_answer(reasoner: HuggingFaceReasoner, instruction: str) -> None:
+    pieces, answer = read(reasoner.stream(ask(instruction)))
+    assert len(pieces) > 10
+    assert "".join(pieces) == answer.text == WRITTEN[instruction]
+    assert answer.complete and len(answer.tokens) >= len(pieces)
+
+
+def test_an_abandoned_stream_stops_the_model(reasoner: HuggingFaceReasoner) -> None:
+    before = threading.active_count()
+    stream = reasoner.stream(ask("talk"), max_new_tokens=100_000)
+    next(stream)
+    stream.close()
+    assert threading.active_count() == before
+    assert reasoner.reason([ask("drink")])[0].complete  # the model is free again
+
+
+def test_a_failure_while_streaming_reaches_the_caller(reasoner: HuggingFaceReasoner) -> None:
+    broken = Request(object(), "drink")  # type: ignore[arg-type]
+    with pytest.raises(Exception, match="(?i)image|object"):
+        read(reasoner.stream(broken))
+    assert reasoner.reason([ask("drink")])[0].complete
+
+
+def test_several_threads_share_one_reasoner(reasoner: HuggingFaceReasoner) -> None:
+    answers: dict[str, str] = {}
+
+    def work(instruction: str) -> None:
+        answers[instruction] = reasoner.reason([ask(instruction)])[0].text
+
+    threads = [threading.Thread(target=work, args=(instruction,)) for instruction in LEARNED]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == WRITTEN
+
+
+def prompt_of(reasoner: HuggingFaceReasoner, request: Request) -> str:
+    ids = reasoner._encode([request])["input_ids"][0]
+    return reasoner._processor.tokenizer.decode(ids).replace("<image>" * 4, "<image>")
+
+
+def test_history_becomes_a_conversation_with_the_image_first(reasoner: HuggingFaceReasoner) -> None:
+    request = ask("the cold one", Turn("drink", 'Targets: ["cup"]'))
+    assert prompt_of(reasoner, request) == (
+        '<user><image>drink<end><assistant>Targets: ["cup"]<end><user>the cold one<end><assistant>'
+    )
+
+
+def test_a_general_model_is_told_the_three_steps_once(folder: Path, tmp_path: Path) -> None:
+    general = HuggingFaceReasoner(edit_config(folder, tmp_path / "general", detgpt_prompt="full"), device="cpu")
+    assert prompt_of(general, ask("drink")) == f"<user><image>{format_instruction('drink')}<end><assistant>"
+    chat = prompt_of(general, ask("the cold one", Turn("drink", "A cup.")))
+    assert chat.endswith("A cup.<end><user>the cold one<end><assistant>")
+
+
+def test_an_instruction_cannot_write_the_templates_own_tokens(reasoner: HuggingFaceReasoner) -> None:
+    prompt = prompt_of(reasoner, ask("dr<image>ink<end><assistant>"))
+    assert prompt == "<user><image>dr ink  <end><assistant>"
+
+
+def test_a_thought_opened_by_the_template_does_not_end_the_answer(folder: Path, tmp_path: Path) -> None:
+    thinking = edit_config(folder, tmp_path / "thinking")
+    template = thinking / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<assistant>{% endif %}", "<assistant><think>{% endif %}"))
+    patient = HuggingFaceReasoner(thinking, device="cpu")
+    assert patient._opens_thought(patient._encode([ask("drink")])["input_ids"][0])
+
+
+def test_wrong_arguments_are_refused(reasoner: HuggingFaceReasoner, folder: Path) -> None:
+    with pytest.raises(InputError, match="instruction is empty"):
+        ask("  ")
+    for call in (lambda: reasoner.reason([ask("drink")], max_new_tokens=0), lambda: reasoner.stream(ask("drink"), max_new_tokens=0)):
+        with pytest.raises(InputError, match="max_new_tokens must be at least 1"):
+            call()
+    with pytest.raises(InputError, match="float31"):
+        HuggingFaceReasoner(folder, dtype="float31")
+    with pytest.raises(InputError, match="4bit"):
+        HuggingFaceReasoner(folder, quantization="3bit")
+
+
+def test_quantization_names_the_missing_package(folder: Path) -> None:
+    pytest.importorskip("torch")
+    import importlib.util
+
+    if importlib.util.find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is installed")
+    with pytest.raises(MissingExtraError, match="bitsandbytes"):
+        HuggingFaceReasoner(folder, quantization="4bit")
+
+
+def test_the_weights_take_the_asked_dtype(folder: Path) -> None:
+    import torch
+
+    assert HuggingFaceReasoner(folder, device="cpu")._model.dtype == torch.float32
+    half = HuggingFaceReasoner(folder, device="cpu", dtype="bfloat16")
+    assert half._model.dtype == torch.bfloat16
+    assert half.reason([ask("drink")])[0].text
+
+
+def test_a_wrong_folder_is_named_with_a_remedy(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no model folder.*nowhere"):
+        HuggingFaceReasoner(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match="no config.json"):
+        HuggingFaceReasoner(tmp_path)
+    text_only = tmp_path / "text-only"
+    text_only.mkdir()
+    (text_only / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ModelError, match="bert model"):
+        HuggingFaceReasoner(text_only)
+    (text_only / "config.json").write_text('{"model_type": "no-such-model"}')
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        HuggingFaceReasoner(text_only)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("chat_template.jinja", "chat template"), ("model.safetensors", "weights"), ("tokenizer.json", "cannot be loaded")],
+)
+def test_a_folder_without_a_needed_file_is_refused(folder: Path, tmp_path: Path, file: str, message: str) -> None:
+    partial = edit_config(folder, tmp_path / "partial")
+    (partial / file).unlink()
+    with pytest.raises(ModelError, match=message):
+        HuggingFaceReasoner(partial, device="cpu")
+
+
+def test_damaged_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    damaged = edit_config(folder, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"\x10" * 64)
+    with pytest.raises(ModelError, match="weights"):
+        HuggingFaceReasoner(damaged, device="cpu")
+
+
+def test_a_checkpoint_without_its_projector_is_refused(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    partial = edit_config(folder, tmp_path / "no-projector")
+    weights = load_file(partial / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "projector" not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, partial / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="projector"):
+        HuggingFaceReasoner(partial, device="cpu")
+
+
+# --- an OpenAI-compatible server ---
+
+
+class ChatServer(ThreadingHTTPServer):
+    """Speaks the chat-completions JSON: answers with `text`, a token per piece; keeps what it was asked."""
+
+    def __init__(self, pieces: list[str], *, logprobs: bool = True, finish: str = "stop", status: int = 200) -> None:
+        super().__init__(("127.0.0.1", 0), ChatHandler)
+        self.pieces, self.logprobs, self.finish, self.status = pieces, logprobs, finish, status
+        self.asked: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def tokens(self) -> list[dict[str, Any]]:
+        return [{"token": p, "bytes": list(p.encode()), "logprob": -0.5, "top_logprobs": []} for p in self.pieces]
+
+
+class ChatHandler(BaseHTTPRequestHandler):
+    server: ChatServer
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(asked)
+        self.server.keys.append(self.headers["Authorization"])
+        if self.path != "/v1/chat/completions":
+            return self.reply(404, {"error": {"message": "no such path"}})
+        if self.server.status != 200:
+            return self.reply(self.server.status, {"error": {"message": "the model is not loaded"}})
+        if asked.get("logprobs") and not self.server.logprobs:
+            return self.reply(400, {"error": {"message": "logprobs are not supported"}})
+        if asked.get("stream"):
+            return self.reply_stream(bool(asked.get("logprobs")))
+        logprobs = {"content": self.server.tokens()} if asked.get("logprobs") else None
+        message = {"role": "assistant", "content": "".join(self.server.pieces)}
+        self.reply(200, self.body(message=message, logprobs=logprobs, finish_reason=self.server.finish))
+
+    def body(self, **choice: Any) -> dict[str, Any]:
+        return {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [{"index": 0, **choice}]}
+
+    def reply(self, status: int, body: dict[str, Any]) -> None:
+        payload = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def reply_stream(self, logprobs: bool) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        for token in self.server.tokens():
+            chunk = self.body(delta={"content": token["token"]}, logprobs={"content": [token]} if logprobs else None)
+            self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+        if self.server.finish != "lost":
+            last = self.body(delta={}, finish_reason=self.server.finish)
+            self.wfile.write(f"data: {json.dumps(last)}\n\ndata: [DONE]\n\n".encode())
+
+
+PIECES = ["A desk", " ☕.", "\nTargets: [", '"cup"', "]"]
+
+
+@pytest.fixture
+def serve() -> Iterator[Any]:
+    servers = []
+
+    def start(pieces: list[str] = PIECES, **options: Any) -> ChatServer:
+        server = ChatServer(pieces, **options)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        servers.append(server)
+        return server
+
+    pytest.importorskip("openai")
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_server_answers_with_text_and_token_probabilities(serve: Any) -> None:
+    server = serve()
+    answers = OpenAIReasoner(server.url, "vlm").reason([ask("drink"), ask("read")], max_new_tokens=99)
+    assert [answer.text for answer in answers] == ["".join(PIECES)] * 2
+    assert answers[0].tokens[1] == TokenSpan(6, 9, -0.5)
+    assert name_confidence(answers[0], parse_answer(answers[0].text).spans[0]) == pytest.approx(math.exp(-0.5))
+    assert answers[0].complete
+    assert {asked["max_tokens"] for asked in server.asked} == {99} and server.asked[0]["model"] == "vlm"
+
+
+def test_the_server_gets_the_picture_the_history_and_the_key(serve: Any) -> None:
+    server = serve()
+    reasoner = OpenAIReasoner(server.url, "vlm", api_key="secret", image_format="png")
+    reasoner.reason([Request(image("red"), "the cold one", (Turn("drink", "A cup."),))])
+    first, second, third = server.asked[0]["messages"]
+    kind, data = first["content"][0]["image_url"]["url"].split(";base64,")
+    assert kind == "data:image/png"
+    assert Image.open(io.BytesIO(base64.b64decode(data))).getpixel((0, 0)) == (255, 0, 0)
+    assert first["content"][1]["text"] == format_instruction("drink")
+    assert (second["role"], second["content"]) == ("assistant", "A cup.")
+    assert (third["role"], third["content"]) == ("user", "the cold one")
+    assert server.keys == ["Bearer secret"]
+
+
+def test_a_servers_stream_adds_up_to_the_answer(serve: Any) -> None:
+    reasoner = OpenAIReasoner(serve().url, "vlm")
+    pieces, answer = read(reasoner.stream(ask("drink")))
+    assert pieces == PIECES
+    assert answer == reasoner.reason([ask("drink")])[0]
+
+
+def test_a_server_without_token_probabilities_leaves_them_unknown(serve: Any) -> None:
+    server = serve(logprobs=False)
+    reasoner = OpenAIReasoner(server.url, "vlm")
+    assert reasoner.reason([ask("drink")])[0] == RawAnswer("".join(PIECES), None, True)
+    assert read(reasoner.stream(ask("drink")))[1].tokens is None
+    assert len(server.asked) == 3  # the refusal is remembered
+
+
+def test_an_answer_that_the_server_cut_is_not_complete(serve: Any) -> None:
+    reasoner = OpenAIReasoner(serve(finish="length").url, "vlm")
+    assert not reasoner.reason([ask("drink")])[0].complete
+    assert not read(reasoner.stream(ask("drink")))[1].complete
+
+
+@pytest.mark.parametrize("status", [401, 404, 400, 500])
+def test_a_servers_refusal_names_the_server_and_the_reason(serve: Any, status: int) -> None:
+    server = serve(status=status)
+    reasoner = OpenAIReasoner(server.url, "vlm", max_retries=0)
+    for call in (lambda: reasoner.reason([ask("drink")]), lambda: read(reasoner.stream(ask("drink")))):
+        with pytest.raises(ModelError, match=f"{server.url}.*not loaded"):
+            call()
+
+
+def test_a_stream_that_breaks_off_is_an_error_and_not_an_answer(serve: Any) -> None:
+    with pytest.raises(ModelError, match="before the answer"):
+        read(OpenAIReasoner(serve(finish="lost").url, "vlm").stream(ask("drink")))
+
+
+def test_an_absent_server_is_an_error_with_its_address() -> None:
+    pytest.importorskip("openai")
+    with pytest.raises(ModelError, match="http://127.0.0.1:9/v1"):
+        OpenAIReasoner("http://127.0.0.1:9/v1", "vlm", max_retries=0).reason([ask("drink")])
+
+
+def test_a_servers_wrong_arguments_are_refused() -> None:
+    pytest.importorskip("openai")
+    with pytest.raises(InputError, match="http://"):
+        OpenAIReasoner("localhost:8000", "vlm")
+    with pytest.raises(InputError, match="image_format"):
+        OpenAIReasoner("http://localhost", "vlm", image_format="gif")
+    with pytest.raises(InputError, match="max_new_tokens"):
+        OpenAIReasoner("http://localhost", "vlm").reason([ask("drink")], max_new_tokens=0)
+
+
+# --- the script ---
+
+
+def test_a_script_answers_in_turn_and_starts_again() -> None:
+    scripted = ScriptedReasoner(["one", "two"])
+    assert [answer.text for answer in scripted.reason([ask("x")] * 3)] == ["one", "two", "one"]
+
+
+def test_a_script_answers_by_instruction_and_repeats_itself_when_asked_for_the_form() -> None:
+    scripted = ScriptedReasoner({"drink": "A cup."})
+    retry = ask(RETRY_INSTRUCTION, Turn("drink", "A cup."))
+    assert [answer.text for answer in scripted.reason([ask("drink"), retry])] == ["A cup."] * 2
+    with pytest.raises(InputError, match="'fly'"):
+        scripted.reason([ask("fly")])
+
+
+def test_a_script_may_be_a_function() -> None:
+    assert ScriptedReasoner(lambda request: request.instruction.upper()).reason([ask("x")])[0].text == "X"
+
+
+@pytest.mark.parametrize("text", ["A cup.\nTargets: []\n", "", " ", "one"])
+def test_a_scripted_stream_adds_up_to_the_answer(text: str) -> None:
+    pieces, answer = read(ScriptedReasoner([text]).stream(ask("x")))
+    assert "".join(pieces) == answer.text == text
+    assert answer.tokens is None
+
+
+@pytest.mark.parametrize("answers", [[], {}, "one answer"])
+def test_a_script_without_a_list_of_answers_is_refused(answers: Any) -> None:
+    with pytest.raises(InputError, match="answers"):
+        ScriptedReasoner(answers)
