@@ -38,7 +38,7 @@ RETRY_INSTRUCTION = f"Your answer did not end in the form I asked for. Write onl
 
 
 def format_instruction(instruction: str) -> str:
-    """The whole prompt for a general model: the user's instruction, the three steps, the form of the last line."""
+    """The whole prompt for a general model: the instruction, the three steps, the form of the last line."""
     return f"""{instruction.strip()}
 
 Answer in three steps.
@@ -57,7 +57,9 @@ def format_answer(reasoning: str, names: Iterable[str]) -> str:
     cleaned = _distinct((_clean(name), name) for name in names)
     for name, original in cleaned:
         if not _is_usable(name):
-            raise InputError(f"{original!r} cannot be a target name: use 1 to {MAX_NAME_LENGTH} characters of words")
+            raise InputError(
+                f"{original!r} cannot be a target name: use words of 1 to {MAX_NAME_LENGTH} characters"
+            )
     if len(cleaned) > MAX_NAMES:
         raise InputError(f"{len(cleaned)} target names are too many: give at most {MAX_NAMES}")
     line = "Targets: " + json.dumps([name for name, _ in cleaned], ensure_ascii=False)
@@ -92,18 +94,19 @@ def parse_answer(text: str) -> ParsedAnswer:
     named = [(name, span) for name, span in (_name(text, value) for value in values) if name]
     usable = _distinct((name, span) for name, span in named if _is_usable(name))[:MAX_NAMES]
     says_nothing = says_nothing or (bool(named) and all(_NOTHING.match(name) for name, _ in named))
-    problem = None if usable or says_nothing else 'the answer line holds no object name and is not "Targets: []"'
+    problem = None if usable or says_nothing else _NO_NAME
     reasoning = _without_fence(text[begin:line_start]) or thought or text[body_end:end].strip(" \n\t`]}.")
-    return ParsedAnswer(tuple(name for name, _ in usable), tuple(span for _, span in usable), reasoning, problem)
+    names, spans = tuple(name for name, _ in usable), tuple(span for _, span in usable)
+    return ParsedAnswer(names, spans, reasoning, problem)
 
 
 def answer_is_complete(text: str) -> bool:
-    """Whether `text` holds a `Targets: [...]` line, closed bracket included, so that no more need be written."""
+    """Whether `text` holds a `Targets: [...]` line up to its closing bracket, so that no more need come."""
     begin, end, _ = _visible(text)
     heads = [head for head in _HEAD.finditer(text, begin, end) if _starts_line(text, head.start(), begin)]
     if not heads:
         return False
-    start = _FENCE.match(text, heads[-1].end(), end).end()  # type: ignore[union-attr]  # matches the empty string
+    start = _skip_fence(text, heads[-1].end(), end)
     if start >= end or text[start] not in "[":
         return False
     values, close = _scan_list(text, start, end)
@@ -111,7 +114,7 @@ def answer_is_complete(text: str) -> bool:
 
 
 def name_confidence(raw: RawAnswer, span: tuple[int, int]) -> float | None:
-    """Probability in [0, 1] that the reasoner gave to the characters `span` of its text; None when unknown."""
+    """Probability in [0, 1] that the reasoner gave the characters `span` of its text; None when unknown."""
     if raw.tokens is None:
         return None
     start, end = span
@@ -119,10 +122,12 @@ def name_confidence(raw: RawAnswer, span: tuple[int, int]) -> float | None:
     return math.exp(sum(logprobs)) if logprobs else None
 
 
-# --- where the answer is -------------------------------------------------------------------------------------
+# --- where the answer is ---
 
 # Every pattern has bounded or disjoint repetitions: no text makes them backtrack.
-_HEAD = re.compile(r"(?<!\w)targets?(?: objects?)?[*_`\"'”’ \t]{0,8}[:：](?:[*_ \t]|`(?!``)){0,8}", re.IGNORECASE)
+_HEAD = re.compile(
+    r"(?<!\w)targets?(?: objects?)?[*_`\"'”’ \t]{0,8}[:：](?:[*_ \t]|`(?!``)){0,8}", re.IGNORECASE
+)
 _SENTENCE = re.compile(
     r"(?:(?:therefore|thus|hence|so)[,，]?[ \t]{1,4})?(?:the[ \t]{1,4})?(?:final[ \t]{1,4})?"
     r"(?<!\w)answers?[ \t]{1,4}(?:is|are)[ \t]{0,4}(?:[:：][*_` \t]{0,8}|(?=[\[【［]))",
@@ -136,7 +141,7 @@ _OPENING_FENCE = re.compile(r"```[a-z]{0,10}$", re.IGNORECASE)
 
 
 def _visible(text: str) -> tuple[int, int, str]:
-    """Range of `text` outside its <think> part, and the thought. A template may have written the opening tag."""
+    """Range of `text` outside its <think> part, and the thought (whose opening tag the prompt may hold)."""
     close = text.rfind("</think>")
     begin = close + len("</think>") if close >= 0 else 0
     thought = text[: max(close, 0)].replace("<think>", "").strip()
@@ -172,6 +177,11 @@ def _starts_line(text: str, position: int, begin: int) -> bool:
     return position - start <= 40 and _DECORATION.fullmatch(text, start, position) is not None
 
 
+def _skip_fence(text: str, start: int, end: int) -> int:
+    fence = _FENCE.match(text, start, end)
+    return fence.end() if fence else start
+
+
 def _without_fence(reasoning: str) -> str:
     """`reasoning` without the code fence or brace that the answer line stood in."""
     return _OPENING_FENCE.sub("", reasoning.rstrip().removesuffix("{").rstrip()).strip()
@@ -185,23 +195,27 @@ def _why_no_answer(text: str, begin: int, end: int) -> str:
     return 'the answer has no "Targets:" line'
 
 
-# --- what the answer holds -----------------------------------------------------------------------------------
+# --- what the answer holds ---
 
 _OPENING, _CLOSING, _SEPARATORS = "[【［{", "]】］}", ",，、;；"
-_CLOSING_QUOTES = {'"': '"', "'": "'", "`": "`", "“": '”"', "„": '“”"', "‘": "’'", "「": "」", "『": "』", "«": "»"}
+_CLOSING_QUOTES = dict(zip("\"'`“„‘「『«", ['"', "'", "`", '”"', '“”"', "’'", "」", "』", "»"], strict=True))
 _QUOTED_LIMIT = 6 * MAX_NAME_LENGTH + 2  # a name in which JSON escapes every character
-_NAME_KEYS = {"label", "labels", "name", "names", "object", "objects", "target", "targets", "class", "category"}
+_NAME_KEYS = {"label", "labels", "name", "names", "object", "objects", "target", "targets", "category"}
 _PLACEHOLDERS = {"object_names", "object names", "object_name"}
+_NO_NAME = 'the answer line holds no object name and is not "Targets: []"'
 _NOTHING = re.compile(
-    r"(?:none|nothing|n/a|null|无|没有|なし|no (?:(?:suitable|matching|such|relevant|related) )?(?:objects?|items?|targets?))"
-    r"(?=$|[^\w\s/-]|\s(?:of|in|on|at|here|that|this|to|is|are|was|were|can|fits?|match|matches|visible|found|suitable)\b)"
+    r"(?:none|nothing|n/a|null|无|没有|なし"
+    r"|no (?:(?:suitable|matching|such|relevant|related) )?(?:objects?|items?|targets?))"
+    r"(?=$|[^\w\s/-]"
+    r"|\s(?:of|in|on|at|here|that|this|to|is|are|can|fits?|match|matches|visible|found|suitable)\b)"
     r"|there (?:is|are) (?:no|none|nothing)\b",
     re.IGNORECASE,
 )
 _BULLET = re.compile(r"[ \t]{0,16}(?:[-*•–+]|\d{1,3}[.)、])[ \t]{1,8}")
 _BULLET_END = re.compile(r"[:：,，;；(（\n]|[ \t][-–—][ \t]")
-_QUOTE_END = {  # an escaped character, the end of the line, or a closing quote with a separator or bracket behind it
-    opening: re.compile(rf"\\.|\n|[{closing}](?=[ \t*]{{0,8}}(?:[{re.escape(_SEPARATORS + _CLOSING)}:：.\n]|$))")
+_BEHIND_QUOTE = rf"[ \t*]{{0,8}}(?:[{re.escape(_SEPARATORS + _CLOSING)}:：.\n]|$)"
+_QUOTE_END = {  # an escaped character, the end of the line, or a closing quote at a value's end
+    opening: re.compile(rf"\\.|\n|[{closing}](?={_BEHIND_QUOTE})")
     for opening, closing in _CLOSING_QUOTES.items()
 }
 _COLON = re.compile(r"\s{0,8}[:：]")
@@ -221,7 +235,7 @@ class _Value:
 
 def _read_body(text: str, start: int, end: int) -> tuple[list[_Value], int, bool]:
     """(values, where the body ends, whether it says that nothing fits) of what follows an answer's head."""
-    body = _FENCE.match(text, start, end).end()  # type: ignore[union-attr]  # matches the empty string
+    body = _skip_fence(text, start, end)
     if body >= end:
         return [], end, False
     if text[body] in _OPENING:
@@ -246,12 +260,13 @@ def _scan_list(text: str, start: int, end: int) -> tuple[list[_Value], int | Non
     Within objects only the values of name-like keys count, so boxes and scores beside them are passed over.
     """
     values: list[_Value] = []
-    enclosing: list[bool | None] = []  # innermost last: do values count here? None: an object, its key decides
+    enclosing: list[bool | None] = []  # innermost last: do values count here? None: in an object, by its key
     key = ""
     i = start
     while i < end:
         char = text[i]
-        counts = enclosing[-1] if enclosing and enclosing[-1] is not None else not enclosing or key in _NAME_KEYS
+        here = enclosing[-1] if enclosing else True
+        counts = key in _NAME_KEYS if here is None else here
         if char in _OPENING:
             enclosing.append(None if char == "{" else counts)
             i += 1
@@ -263,8 +278,8 @@ def _scan_list(text: str, start: int, end: int) -> tuple[list[_Value], int | Non
         elif char.isspace() or char in _SEPARATORS:
             i += 1
         else:
-            value, i = _read_value(text, i, end, in_object=enclosing[-1] is None)
-            colon = _COLON.match(text, i, end) if enclosing[-1] is None else None
+            value, i = _read_value(text, i, end, in_object=here is None)
+            colon = _COLON.match(text, i, end) if here is None else None
             if colon:
                 key = text[value.start : value.end].strip().casefold()
                 i = colon.end()
@@ -347,7 +362,7 @@ def _read_phrase(text: str, start: int, end: int) -> list[_Value]:
     return values
 
 
-# --- names ---------------------------------------------------------------------------------------------------
+# --- names ---
 
 _EDGES = " \t\r\n\f\v\u00a0\u3000.,;:!?。，、；：！？*_`\"'“”„‘’「」『』«»[]{}【】［］"
 _ARTICLE = re.compile(r"(?:an?|the)\s+(?=\S)", re.IGNORECASE)

@@ -87,9 +87,9 @@ def load_image(
         with _decoding("the PIL image", max_pixels):
             return _to_rgb(source, "the PIL image", max_pixels)
     if isinstance(source, np.ndarray):
-        return _array_to_image(source, "array", max_pixels)
+        return _array_to_image(source, "the array", max_pixels)
     if hasattr(source, "detach") and hasattr(source, "is_floating_point"):  # a torch tensor, without torch
-        return _array_to_image(_tensor_to_array(source), "tensor", max_pixels)
+        return _array_to_image(_tensor_to_array(source), "the tensor", max_pixels)
 
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode(io.BytesIO(source), "the image bytes", max_pixels)
@@ -102,7 +102,8 @@ def load_image(
         with _open_file(Path(source)) as file:
             return _decode(file, _quoted(source), max_pixels)
     if hasattr(source, "read"):
-        return _decode(_seekable(source, max_bytes), "the image file object", max_pixels)
+        with _decoding("the image file object", max_pixels):
+            return _decode(_seekable(source, max_bytes), "the image file object", max_pixels)
     raise ImageError(
         f"cannot read an image from {type(source).__name__}. "
         "Pass a path, URL, bytes, binary file, PIL image, NumPy array or torch tensor."
@@ -173,16 +174,20 @@ def _data_url_bytes(url: str, max_bytes: int) -> bytes:
 
 
 def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
-    """Decode a file that starts at 0 and can seek."""
-    head = file.read(512)
-    _require_bytes(head)
-    file.seek(0)
-    if re.match(rb"....ftyp(hei|hev|mif|msf)", head, re.DOTALL):
-        _register_heif()
-    Image.init()
-    known = [name for name in FORMATS if name in Image.OPEN]
-    with _decoding(name, max_pixels, head), Image.open(file, formats=known) as image:
-        return _to_rgb(image, name, max_pixels)
+    """Decode a file that stands at its start and can seek."""
+    with _decoding(name, max_pixels):
+        head = file.read(512)
+        _require_bytes(head)
+        file.seek(0)
+        if _HEIF.match(head):
+            _register_heif()
+        Image.init()
+        try:
+            picture = Image.open(file, formats=[known for known in FORMATS if known in Image.OPEN])
+        except UnidentifiedImageError:
+            raise ImageError(f"{name} {_what_it_is(head)}") from None
+        with picture:
+            return _to_rgb(picture, name, max_pixels)
 
 
 # What Pillow's decoders raise on damaged files.
@@ -193,19 +198,20 @@ _DECODER_ERRORS = (
 
 
 @contextlib.contextmanager
-def _decoding(name: str, max_pixels: int, head: bytes = b"") -> Iterator[None]:
-    """Turn what Pillow raises on a file that starts with `head` into `ImageError`."""
+def _decoding(name: str, max_pixels: int) -> Iterator[None]:
+    """Turn whatever reading and decoding raise into `ImageError`."""
     try:
         yield
     except ImageError:
         raise
-    except UnidentifiedImageError:
-        raise ImageError(f"{name} {_what_it_is(head)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        limit = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)  # Pillow has one of its own
-        raise ImageError(f"{name} is over the limit of {limit} pixels. Scale it down.") from None
+        limits = f"the limit of {max_pixels} pixels, or Pillow's own (PIL.Image.MAX_IMAGE_PIXELS)"
+        raise ImageError(f"{name} is over {limits}. Scale it down.") from None
     except _DECODER_ERRORS as error:
-        raise ImageError(f"{name} is damaged or cut short: {error}. Save or download it again.") from error
+        raise ImageError(f"{name} is damaged, cut short or closed: {error}. Get it anew.") from error
+
+
+_HEIF = re.compile(rb"....ftyp(hei|hev|mif|msf)", re.DOTALL)
 
 
 def _register_heif() -> None:
@@ -222,8 +228,8 @@ def _what_it_is(head: bytes) -> str:
     if not head:
         return "is empty (0 bytes). Save or download the image again."
     if head[4:12] in (b"ftypavif", b"ftypavis"):
-        return "is an AVIF image. Convert it to JPEG or PNG, or `pip install 'pillow>=11.3'`."
-    if re.match(rb"....ftyp(hei|hev|mif|msf)", head, re.DOTALL):
+        return "is an unreadable AVIF image. Convert it to JPEG or PNG, or `pip install 'pillow>=11.3'`."
+    if _HEIF.match(head) and "HEIF" not in Image.OPEN:
         return "is a HEIC/HEIF image. Convert it to JPEG or PNG, or `pip install pillow-heif`."
     if b"<svg" in start:
         return "is an SVG drawing. Export it as PNG."
@@ -263,7 +269,7 @@ def _flatten(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     if image.mode == "F":
         return _array_to_image(np.asarray(image), name, max_pixels)
     if image.mode.startswith("I"):  # I;16 and its byte orders; I is what Pillow makes of 16-bit PGM
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image).astype(np.int32)
         if values.min() < 0 or values.max() > 65535:
             raise ImageError(f"{name} holds values outside 16 bits. Scale it to 8 bits per channel.")
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
@@ -300,8 +306,8 @@ def _tensor_to_array(tensor: Any) -> np.ndarray:
     return array
 
 
-def _array_to_image(array: np.ndarray, kind: str, max_pixels: int) -> Image.Image:
-    name = f"the {kind} of shape {array.shape} and dtype {array.dtype}"
+def _array_to_image(array: np.ndarray, name: str, max_pixels: int) -> Image.Image:
+    name = f"{name} of shape {array.shape} and dtype {array.dtype}"
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
@@ -345,7 +351,7 @@ def _download(url: str, max_bytes: int, max_seconds: float, allow_private: bool)
         if redirect is None:
             return body
         parts = _split(redirect)
-        headers.pop("Authorization", None)  # it was meant for the first host alone
+        headers.pop("Authorization", None)  # it was meant for the first address alone
     raise ImageError(f"{name} redirects more than {MAX_REDIRECTS} times. Pass the final address.")
 
 
@@ -354,8 +360,9 @@ def _get(
 ) -> tuple[bytes, str | None]:
     """One request: the body, or the address that a redirect names."""
     name, host, tls = _shown(parts.geturl()), parts.hostname or "", parts.scheme == "https"
-    request_type = http.client.HTTPSConnection if tls else http.client.HTTPConnection
-    request = request_type(host, parts.port or request_type.default_port)
+    default_port = 443 if tls else 80
+    request = http.client.HTTPConnection(host, parts.port or default_port)
+    request.default_port = default_port  # which the Host header leaves out
     target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
     with _connect(host, request.port, tls, deadline, allow_private) as request.sock:
         request.request("GET", quote(target, safe="/?%:@!$&'()*+,;=~"), headers=headers)
@@ -477,15 +484,13 @@ def _is_public(address: str) -> bool:
 def _split(url: str) -> SplitResult:
     try:
         parts = urlsplit(url)
-        valid = bool(parts.hostname) and parts.port != 0
+        complete = bool(parts.hostname) and parts.port != 0  # .port raises when it is no number
     except ValueError:
-        valid = False
-    if not valid:
-        raise ImageError(f"{_shown(url)} is not a valid URL. Write it as https://host/picture.jpg.")
+        raise ImageError(f"{_shown(url)} is not a valid URL. Write it as https://host/picture.jpg.") from None
     if parts.scheme not in ("http", "https"):
-        raise ImageError(
-            f"{_shown(url)} is not an http: or https: URL. Download the image and pass its path."
-        )
+        raise ImageError(f"{_shown(url)} is not an http: or https: URL. Download it and pass its path.")
+    if not complete:
+        raise ImageError(f"{_shown(url)} names no host and port. Write it as https://host/picture.jpg.")
     return parts
 
 

@@ -95,7 +95,7 @@ def _local_or_hub(folder: Path, part: str) -> str:
 def load_reasoner(reasoner: str | Path | Reasoner, **loading: Any) -> Reasoner:
     """A reasoner as it is, or the checkpoint of that hub id or folder."""
     if not isinstance(reasoner, (str, Path)):
-        return reasoner
+        return _with_verb(reasoner, "reasoner", "reason")
     from detgpt.reasoners.huggingface import HuggingFaceReasoner
 
     return HuggingFaceReasoner(reasoner, **loading)
@@ -104,14 +104,14 @@ def load_reasoner(reasoner: str | Path | Reasoner, **loading: Any) -> Reasoner:
 def load_detector(detector: str | Path | Detector, **loading: Any) -> Detector:
     """A detector as it is, or the checkpoint of that hub id or folder."""
     if not isinstance(detector, (str, Path)):
-        return detector
+        return _with_verb(detector, "detector", "detect")
     from detgpt.detectors.grounding_dino import GroundingDinoDetector
 
     return GroundingDinoDetector(detector, **loading)
 
 
-def check_is_pair(reasoner: object, detector: object) -> None:
-    """Raise `InputError` where an object does not have the verb of its part."""
-    for part, value, verb in (("reasoner", reasoner, "reason"), ("detector", detector, "detect")):
-        if not callable(getattr(value, verb, None)):
-            raise InputError(f"{part}={value!r} has no method {verb!r}: give a hub id, a folder or a {part} object")
+
+def _with_verb(part: Any, kind: str, verb: str) -> Any:
+    if not callable(getattr(part, verb, None)):
+        raise InputError(f"{kind}={part!r} has no method {verb!r}: give a hub id, a folder or a {kind} object")
+    return part

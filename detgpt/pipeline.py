@@ -14,8 +14,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from detgpt.answer import RETRY_INSTRUCTION, ParsedAnswer, name_confidence, parse_answer
 from detgpt.boxes import nms_per_target, one_target_per_box
 from detgpt.errors import InputError
@@ -29,6 +27,8 @@ if TYPE_CHECKING:
 
     from detgpt.detectors import Detector, Grounding
     from detgpt.reasoners import Reasoner
+
+SAME_THING = 0.8  # two names whose boxes overlap more than this IoU name one thing
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class DetGPT:
         options: Options | None = None,
         **loading: Any,
     ):
-        self.reasoner = load_reasoner(reasoner, device=device, dtype=dtype, **loading)
         self.detector = load_detector(detector, device=device)
+        self.reasoner = load_reasoner(reasoner, device=device, dtype=dtype, **loading)
         self.options = options or Options()
 
     @classmethod
@@ -125,7 +125,8 @@ class DetGPT:
         if names is not None:
             if instruction is not None:
                 raise InputError("both an instruction and names were given: give one of the two")
-            return self._ground([picture], [ParsedAnswer.of_names(names)], self.options.updated(options))[0]
+            asked = _as_answer(names)
+            return self._ground([picture], [None], [asked], [RawAnswer("")], self.options.updated(options))[0]
         if instruction is None:
             raise InputError("nothing to look for: give an instruction, or names=[…] to detect without reasoning")
         return self._detect([Request(picture, instruction, tuple(history))], self.options.updated(options))[0]
@@ -165,15 +166,16 @@ class DetGPT:
                 if not answer.problem:
                     parsed[i] = replace(answer, reasoning=answer.reasoning or parsed[i].reasoning)
                     raws[i] = raw
-        return self._ground([r.image for r in requests], parsed, options, requests, raws)
+        images, instructions = [r.image for r in requests], [r.instruction for r in requests]
+        return self._ground(images, instructions, parsed, raws, options)
 
     def _ground(
         self,
-        images: list[Image.Image],
-        answers: list[ParsedAnswer],
+        images: Sequence[Image.Image],
+        instructions: Sequence[str | None],
+        answers: Sequence[ParsedAnswer],
+        raws: Sequence[RawAnswer],
         options: Options,
-        requests: Sequence[Request | None] = (None,),
-        raws: Sequence[RawAnswer] = (RawAnswer(""),),
     ) -> list[Detections]:
         groundings = self.detector.detect(
             images,
@@ -182,9 +184,8 @@ class DetGPT:
             text_threshold=options.text_threshold,
             prompting=options.prompting,
         )
-        tidy = [_tidy(grounding, options) for grounding in groundings]
-        parts = zip(images, answers, tidy, requests, raws, strict=True)
-        return [_result(image, answer, found, request, raw) for image, answer, found, request, raw in parts]
+        found = [_tidy(grounding, options) for grounding in groundings]
+        return [_result(*parts) for parts in zip(images, instructions, answers, raws, found, strict=True)]
 
 
 class Chat:
@@ -230,25 +231,35 @@ def _restated(request: Request, raw: RawAnswer) -> Request:
 def _tidy(grounding: Grounding, options: Options) -> Grounding:
     """Each thing once: per target, and (unless boxes may be shared) across targets."""
     grounding = nms_per_target(grounding, options.nms_threshold)
-    return grounding if options.share_boxes else one_target_per_box(grounding)
+    return grounding if options.share_boxes else one_target_per_box(grounding, SAME_THING)
+
+
+def _as_answer(names: Sequence[str]) -> ParsedAnswer:
+    """Names that the user gave, as if a reasoner had: each once, in order."""
+    if isinstance(names, str):
+        raise InputError(f"names={names!r} is one string: give a list of names, such as [{names!r}]")
+    once = tuple(dict.fromkeys(name.strip() for name in names))
+    if not once or not all(once):
+        raise InputError(f"names={list(names)!r} holds no name or an empty one: give at least one word for each")
+    return ParsedAnswer(once, ((0, 0),) * len(once), reasoning="")
 
 
 def _result(
-    image: Image.Image, answer: ParsedAnswer, found: Grounding, request: Request | None, raw: RawAnswer
+    image: Image.Image, instruction: str | None, answer: ParsedAnswer, raw: RawAnswer, found: Grounding
 ) -> Detections:
-    boxed = set(np.unique(found.name_index).tolist())
-    targets = [
-        Target(name, name_confidence(raw, span) if request else None, found=i in boxed)
+    boxed = set(found.name_index.tolist())
+    targets = tuple(
+        Target(name, name_confidence(raw, span), found=i in boxed)
         for i, (name, span) in enumerate(zip(answer.names, answer.spans, strict=True))
-    ]
+    )
     return Detections(
         boxes=found.boxes,
         scores=found.scores,
         labels=tuple(answer.names[i] for i in found.name_index),
-        targets=tuple(targets),
+        targets=targets,
         reasoning=answer.reasoning,
         answer=raw.text,
         problem=answer.problem,
-        instruction=request.instruction if request else None,
+        instruction=instruction,
         image=image,
     )

@@ -57,7 +57,7 @@ WELL_FORMED = [
     'A desk.\nTargets: ```json\n["cup", "bottle"]\n```',
     'A desk.\nTargets: {"objects": ["cup", "bottle"]}',
     'A desk.\nTargets: [{"name": "cup", "why": "to drink"}, {"name": "bottle", "why": "full"}]',
-    'A desk.\n```json\n[\n\t{"bbox_2d": [1, 2, 30, 40], "label": "cup"},\n\t{"bbox_2d": [5, 6, 7, 8], "label": "bottle"}\n]\n```',
+    'A desk.\n```json\n[\n\t{"bbox": [1, 2], "label": "cup"},\n\t{"bbox": [5, 6], "label": "bottle"}\n]\n```',
     'A desk.\n[{"label": "cup", "bbox_2d": [1, 2, 30, 40]}, {"label": "bottle", "bbox_2d": [5, 6, 7, 8]}]',
     "A desk.\n['cup', 'bottle']",
     "A desk.\nTherefore the answer is: [cup, bottle]",
@@ -137,7 +137,10 @@ def test_quoted_lists_are_read_and_a_quoted_comma_belongs_to_its_name() -> None:
 
 def test_the_word_none_is_never_a_name() -> None:
     assert parse_answer('Targets: ["none", "cup"]').names == ("cup",)
-    assert parse_answer("Targets: [nonstick pan, nothing-but-nets game]").names == ("nonstick pan", "nothing-but-nets game")
+    assert parse_answer("Targets: [nonstick pan, nothing-but-nets game]").names == (
+        "nonstick pan",
+        "nothing-but-nets game",
+    )
 
 
 def test_text_after_the_answer_is_not_swallowed() -> None:
@@ -156,7 +159,9 @@ def test_names_keep_the_order_of_first_mention() -> None:
 
 
 def test_the_last_answer_line_counts() -> None:
-    assert parse_answer('I would write Targets: ["knife"].\nTargets: ["fork"]\nNo, wait.\nTargets: ["cup"]').names == ("cup",)
+    assert parse_answer(
+        'I would write Targets: ["knife"].\nTargets: ["fork"]\nNo, wait.\nTargets: ["cup"]'
+    ).names == ("cup",)
     assert parse_answer('Targets: ["cup"]\nTherefore the answer is: [knife]').names == ("cup",)
 
 
@@ -173,7 +178,11 @@ def test_thoughts_are_not_the_answer_and_spans_still_index_the_whole_text() -> N
 
 
 def test_articles_repeats_boxes_and_scores_are_left_out() -> None:
-    assert parse_answer('Targets: ["A cup", "the Cup", "an apple", "a4 paper", ""]').names == ("cup", "apple", "a4 paper")
+    assert parse_answer('Targets: ["A cup", "the Cup", "an apple", "a4 paper", ""]').names == (
+        "cup",
+        "apple",
+        "a4 paper",
+    )
     assert parse_answer("Targets: [cup, [10, 20, 30, 40], 0.87]").names == ("cup",)
     assert parse_answer("Targets: [cup, and a bottle]").names == CUP_AND_BOTTLE
 
@@ -193,7 +202,9 @@ def test_the_prompt_holds_the_instruction_and_the_form_that_the_parser_reads() -
     prompt = format_instruction("  I want a cold drink ")
     assert prompt.startswith("I want a cold drink\n")
     for asked in (prompt, RETRY_INSTRUCTION):
-        assert parse_answer(asked).names == () and parse_answer(asked).problem is None  # the last form shown: []
+        assert (
+            parse_answer(asked).names == () and parse_answer(asked).problem is None
+        )  # the last form shown: []
         assert parse_answer(asked.replace("Targets: []", "")).names == CUP_AND_BOTTLE
 
 
@@ -212,6 +223,7 @@ def test_too_many_names_are_refused() -> None:
         format_answer("", [f"object {number}" for number in range(MAX_NAMES + 1)])
 
 
+@settings(deadline=None)
 @given(st.text(), st.lists(st.text(max_size=MAX_NAME_LENGTH), max_size=8))
 def test_what_is_written_is_read_back(reasoning: str, names: list[str]) -> None:
     written = [name for name in names if parse_answer(format_or_nothing(name)).names]
@@ -220,7 +232,9 @@ def test_what_is_written_is_read_back(reasoning: str, names: list[str]) -> None:
     assert once.problem is None
     assert once.reasoning == _without_fences(reasoning.replace("think>", ""))
     assert parse_answer(format_answer("", once.names)).names == once.names
-    assert len(once.names) == len({parse_answer(format_answer("", [name])).names[0].casefold() for name in written})
+    assert len(once.names) == len(
+        {parse_answer(format_answer("", [name])).names[0].casefold() for name in written}
+    )
 
 
 def format_or_nothing(name: str) -> str:
@@ -236,14 +250,28 @@ def _without_fences(reasoning: str) -> str:
 
 # --- robustness ---
 
-FRAGMENTS = st.sampled_from(
-    ["Targets:", "targets", "Therefore the answer is:", "\n", " ", "[", "]", "{", "}", '"', "'", "“", "”", ",", ":", "\\"]
-    + ["cup", "a", "the", "-", "1.", "*", "```", "```json", "<think>", "</think>", "none", "label", "：", "、", "【", "é"]
+GRAMMAR = [
+    *(
+        "Targets:",
+        "targets",
+        "Therefore the answer is:",
+        "<think>",
+        "</think>",
+        "```",
+        "```json",
+        "label",
+        "none",
+    ),
+    *("[", "]", "{", "}", '"', "'", "“", "”", ",", ":", "\\", "\n", " ", "-", "1.", "*", "：", "、", "【"),
+    *("cup", "a", "the", "é"),
+]
+FRAGMENTS = st.sampled_from(GRAMMAR)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.one_of(st.text(), st.lists(FRAGMENTS, max_size=40).map("".join), st.text().map("Targets: ".__add__))
 )
-
-
-@settings(max_examples=400)
-@given(st.one_of(st.text(), st.lists(FRAGMENTS, max_size=40).map("".join), st.text().map("Targets: ".__add__)))
 def test_any_text_is_read_and_its_spans_hold_its_names(text: str) -> None:
     parsed = parse_answer(text)
     assert len(parsed.names) == len(parsed.spans) == len({name.casefold() for name in parsed.names})
@@ -255,19 +283,32 @@ def test_any_text_is_read_and_its_spans_hold_its_names(text: str) -> None:
     answer_is_complete(text)
 
 
+HOSTILE_UNITS = [
+    *(
+        "[",
+        "Targets: ",
+        "Targets: [",
+        'Targets: ["',
+        "\nTargets: [",
+        "Targets:\n- ",
+        "Targets: [{",
+        "Targets:```",
+    ),
+    *(" ", "\n", '"', "'", "\\", "*", ".", "_", "，", "```", "[ {", "- x\n", "a ", "no ", "and ", '["a"b ,'),
+    *("<think>", "</think>", "the answer is: [", "therefore the ", "the answer is ", "targets ", '"label": '),
+]
+
+
+@pytest.mark.parametrize("unit", HOSTILE_UNITS)
 @pytest.mark.parametrize(
-    "unit",
-    ["[", "Targets: ", "Targets: [", 'Targets: ["', "\nTargets: [", "Targets:\n- ", '["a"b ,', "Targets: [{", " ", "\n"]
-    + ['"', "'", "\\", "<think>", "</think>", "the answer is: [", "therefore the ", "a ", "*", "```", "- x\n", "[ {", "no "]
-    + [".", "and ", "_", "Targets:```", '"label": ', "，", "targets ", "the answer is "],
+    "prefix", ["", "Targets: ", "Targets: [", "Targets: [{", "Targets:\n- a\n", 'Targets: ["']
 )
-@pytest.mark.parametrize("prefix", ["", "Targets: ", 'Targets: [', "Targets: [{", "Targets:\n- a\n", 'Targets: ["'])
 def test_hostile_text_takes_linear_time(prefix: str, unit: str) -> None:
-    text = prefix + unit * (200_000 // len(unit))
-    started = time.perf_counter()
+    text = prefix + unit * (60_000 // len(unit))
+    started = time.process_time()  # not the clock: a busy machine is no reason to fail
     parse_answer(text)
     answer_is_complete(text)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 2
 
 
 # --- knowing when to stop, and how sure ---
@@ -296,7 +337,12 @@ def test_an_answer_is_complete_at_the_closing_bracket_of_its_line(text: str, com
 
 def test_the_confidence_of_a_name_is_the_product_over_its_tokens() -> None:
     text = 'Targets: ["cup"]'
-    tokens = (TokenSpan(0, 9, -5.0), TokenSpan(9, 12, -0.5), TokenSpan(12, 14, -0.25), TokenSpan(14, 16, -5.0))
+    tokens = (
+        TokenSpan(0, 9, -5.0),
+        TokenSpan(9, 12, -0.5),
+        TokenSpan(12, 14, -0.25),
+        TokenSpan(14, 16, -5.0),
+    )
     span = parse_answer(text).spans[0]
     assert name_confidence(RawAnswer(text, tokens), span) == pytest.approx(2.718281828**-0.75)
 

@@ -170,7 +170,7 @@ def test_images_in_a_batch_get_what_they_get_alone(detector):
     images = [picture(), picture(64, 96, seed=1), picture(seed=2), picture(96, 40, seed=3)]
     names = [["cup", LONG], ["bottle"], ["table", "cup", "t-shirt"], ["cup"]]
     batch = detector.detect(images, names, box_threshold=0)
-    for image, asked, together in zip(images, names, batch):
+    for image, asked, together in zip(images, names, batch, strict=True):
         alone = detector.detect([image], [asked], box_threshold=0)[0]
         assert together.name_index.tolist() == alone.name_index.tolist()
         assert_same((alone.boxes, alone.scores), (together.boxes, together.scores))
@@ -190,7 +190,7 @@ def test_boxes_lie_in_the_image_and_come_best_first(detector):
 
 def test_the_box_threshold_keeps_exactly_the_scores_that_reach_it(detector):
     everything = detector.detect([picture()], [NAMES], box_threshold=0)[0]
-    threshold = float(np.median(everything.scores))
+    threshold = float(everything.scores[len(everything.scores) // 2])
     kept = detector.detect([picture()], [NAMES], box_threshold=threshold)[0]
     assert 0 < len(kept.scores) < len(everything.scores)
     np.testing.assert_array_equal(kept.scores, everything.scores[everything.scores >= threshold])
@@ -202,9 +202,11 @@ def test_joint_prompting_scores_each_box_by_the_tokens_of_its_best_name(detector
     assert tokens == ["[CLS]", "cup", ".", "red", "glass", "##es", ".", "table", ".", "[SEP]"]
     by_name = np.stack([probabilities[:, span].max(axis=1) for span in ([1], [3, 4, 5], [7])], axis=1)
     prompt_score = probabilities.max(axis=1)
-    box_threshold, text_threshold = (float(np.quantile(s, 0.4)) for s in (prompt_score, by_name.max(axis=1)))
-    keep = (prompt_score >= box_threshold) & (by_name.max(axis=1) >= text_threshold)
-    assert 0 < keep.sum() < len(keep)
+    box_threshold = float(np.quantile(prompt_score, 0.3))
+    text_threshold = float(np.quantile(by_name.max(axis=1), 0.5))
+    over = prompt_score >= box_threshold, by_name.max(axis=1) >= text_threshold
+    keep = over[0] & over[1]
+    assert keep.any() and (over[1] != keep).any() | (over[0] != keep).any()
     order = np.flatnonzero(keep)[np.argsort(-by_name.max(axis=1)[keep], kind="stable")]
 
     grounding = detector.detect(
@@ -223,7 +225,8 @@ def test_joint_names_past_the_text_limit_go_on_in_a_second_prompt(detector):
     passes = []
     hook = detector.model.register_forward_hook(lambda module, inputs, output: passes.append(output.logits))
     try:
-        grounding = detector.detect([picture()], [names], box_threshold=0, text_threshold=0, prompting="joint")[0]
+        options = {"box_threshold": 0, "text_threshold": 0, "prompting": "joint"}
+        grounding = detector.detect([picture()], [names], **options)[0]
     finally:
         hook.remove()
     assert [len(logits) for logits in passes] == [2]
@@ -231,8 +234,8 @@ def test_joint_names_past_the_text_limit_go_on_in_a_second_prompt(detector):
 
 
 def test_names_are_read_without_case_marks_and_line_breaks(detector):
-    written = ["Red\nGlasses.", "wine,  glass", "cup?"]
-    clean = ["red glasses", "wine glass", "cup"]
+    written = ["Red\nGlasses.", "wine,  glass", "cup?", "table [SEP] cup"]
+    clean = ["red glasses", "wine glass", "cup", "table [sep] cup"]
     one, other = (detector.detect([picture()], [n], box_threshold=0)[0] for n in (written, clean))
     np.testing.assert_array_equal(one.boxes, other.boxes)
     np.testing.assert_array_equal(one.scores, other.scores)
@@ -276,7 +279,7 @@ def test_threads_may_share_a_detector(detector):
     alone = [detector.detect([image], [NAMES], box_threshold=0)[0] for image in images]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda image: detector.detect([image], [NAMES], box_threshold=0)[0], images))
-    for one, other in zip(alone, together):
+    for one, other in zip(alone, together, strict=True):
         np.testing.assert_array_equal(one.boxes, other.boxes)
 
 
@@ -299,9 +302,8 @@ def break_nothing_there(folder: Path) -> None:
 
 
 def break_another_kind(folder: Path) -> None:
-    BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(
-        folder
-    )
+    bert = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    BertModel(bert).save_pretrained(folder)
 
 
 def break_weights_absent(folder: Path) -> None:
@@ -325,9 +327,8 @@ def break_shapes(folder: Path) -> None:
 
 
 def break_special_ids(folder: Path) -> None:
-    BertTokenizer(vocab={t: i for i, t in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", ".", "?"])}).save_pretrained(
-        folder
-    )
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", ".", "?"]
+    BertTokenizer(vocab={token: index for index, token in enumerate(tokens)}).save_pretrained(folder)
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_joint_prompts_of_two_images_do_not_disturb_each_other(detector):
     names = [["cup", "red wine"], ["red wine", "cup"]]  # as long, but the full stops stand elsewhere
     options = {"box_threshold": 0, "text_threshold": 0, "prompting": "joint"}
     images = [picture(), picture(seed=1)]
-    for image, asked, together in zip(images, names, detector.detect(images, names, **options)):
+    for image, asked, together in zip(images, names, detector.detect(images, names, **options), strict=True):
         alone = detector.detect([image], [asked], **options)[0]
         assert_same((alone.boxes, alone.scores), (together.boxes, together.scores))
 
@@ -193,7 +193,7 @@ def test_images_of_several_sizes_get_what_they_get_alone_and_are_encoded_once(de
         hook.remove()
     assert sum(seen) == 3
     assert detector.model.backbone[0] is encoder
-    for image, asked, together in zip(images, names, batch):
+    for image, asked, together in zip(images, names, batch, strict=True):
         alone = detector.detect([image], [asked], box_threshold=0)[0]
         assert_same((alone.boxes, alone.scores), (together.boxes, together.scores))
 
@@ -224,14 +224,17 @@ def without_a_tensor(checkpoint: dict) -> dict:
     ("damage", "message"),
     [
         (lambda f: (f / "weights.pth").unlink(), "Cannot load the Grounding DINO weights"),
-        (lambda f: (f / "weights.pth").write_bytes(b"not a checkpoint"), "Cannot load the Grounding DINO weights"),
+        (
+            lambda f: (f / "weights.pth").write_bytes(b"no checkpoint"),
+            "Cannot load the Grounding DINO weights",
+        ),
         (lambda f: rewrite_weights(f, lambda c: c["model"]), "under the key 'model'"),
         (lambda f: rewrite_weights(f, without_a_tensor), "lack 1 tensors .* feat_map.weight"),
         (lambda f: torch.save({"model": {}, "code": print}, f / "weights.pth"), "Cannot load"),
         (lambda f: (f / "config.py").unlink(), "Cannot read the Grounding DINO config"),
         (lambda f: (f / "config.py").write_text("hidden_dim = 8 *"), "Cannot read the Grounding DINO config"),
         (lambda f: (f / "config.py").write_text("hidden_dim = open('x', 'w')"), "plain assignments"),
-        (lambda f: (f / "config.py").write_text("hidden_dim = 32"), "no attribute 'text_encoder_type'|Cannot build"),
+        (lambda f: (f / "config.py").write_text("hidden_dim = 32"), "no attribute 'text_encoder_type'"),
         (lambda f: shutil.rmtree(f / "text"), "Pass text_encoder="),
     ],
 )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import pickle
+import shutil
 import socket
 import ssl
 import subprocess
@@ -40,16 +43,21 @@ def encoded(image: Image.Image, format: str, **options: object) -> bytes:
     return file.getvalue()
 
 
-def assert_same(image: Image.Image, expected: Image.Image, tolerance: int = 0) -> None:
+def assert_same(image: Image.Image, expected: Image.Image) -> None:
     assert (image.mode, image.size) == ("RGB", expected.size)
-    difference = np.abs(np.asarray(image, dtype=int) - np.asarray(expected.convert("RGB"), dtype=int))
-    assert difference.max() <= tolerance
+    assert np.array_equal(np.asarray(image), np.asarray(expected))
+
+
+def assert_alike(image: Image.Image, expected: Image.Image) -> None:
+    """The same but for what a lossy format smears along the edges."""
+    assert (image.mode, image.size) == ("RGB", expected.size)
+    assert np.abs(np.asarray(image, dtype=int) - np.asarray(expected, dtype=int)).mean() < 12
 
 
 PNG = encoded(quadrants(), "PNG")
 
 
-# ------------------------------------------------------------------------------------- the same picture, any way in
+# ------------------------------------------------------------------------------- the same picture, any way in
 
 
 def test_every_way_in_gives_the_same_picture(tmp_path: Path) -> None:
@@ -104,7 +112,7 @@ class Pipe(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:
-        return self.content.readinto(buffer[:7])  # streams may give less than was asked
+        return self.content.readinto(memoryview(buffer)[:7])  # streams may give less than was asked
 
 
 def test_stream_that_cannot_seek() -> None:
@@ -136,10 +144,10 @@ def test_the_result_is_independent_of_the_source() -> None:
     assert loaded[1].getpixel((0, 0)) == loaded[2].getpixel((0, 0)) == (0, 0, 0)
 
 
-# ---------------------------------------------------------------------------------------- orientation, modes, formats
+# -------------------------------------------------------------------------------- orientation, modes, formats
 
 
-@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation: int, format: str) -> None:
     # Stored so that a viewer that applies `orientation` shows the quadrants upright.
@@ -150,12 +158,11 @@ def test_exif_orientation_is_applied(orientation: int, format: str) -> None:
         stored = stored.transpose(Image.Transpose[turns[orientation]])
     exif = Image.Exif()
     exif[0x0112] = orientation
-    lossless = {"lossless": True} if format == "WEBP" else {}
-    content = encoded(stored, format, exif=exif, **lossless)
+    content = encoded(stored, format, exif=exif)
     upright = load_image(content)
-    assert_same(upright, quadrants())
-    assert_same(load_image(upright), quadrants())  # once is enough
-    assert_same(load_image(Image.open(io.BytesIO(content))), quadrants())
+    assert_alike(upright, quadrants())
+    assert_same(load_image(upright), upright)  # once is enough
+    assert_same(load_image(Image.open(io.BytesIO(content))), upright)
 
 
 def test_damaged_exif_does_not_spoil_the_picture() -> None:
@@ -230,12 +237,11 @@ def test_colour_modes(mode: str) -> None:
     "format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "MPO", "AVIF"]
 )
 def test_file_formats(format: str) -> None:
-    assert_same(load_image(encoded(quadrants(), format)), quadrants(), tolerance=60)  # lossy at the edges
+    assert_alike(load_image(encoded(quadrants(), format)), quadrants())
 
 
 def test_cmyk_jpeg() -> None:
-    image = load_image(encoded(Image.new("RGB", (16, 16), RED).convert("CMYK"), "JPEG", quality=95))
-    assert_same(image, Image.new("RGB", (16, 16), RED), tolerance=12)
+    assert_alike(load_image(encoded(quadrants().convert("CMYK"), "JPEG")), quadrants())
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
@@ -252,7 +258,7 @@ def test_one_pixel_and_very_wide_images() -> None:
     assert load_image(encoded(Image.new("L", (20_000, 100)), "PNG")).size == (20_000, 100)
 
 
-# -------------------------------------------------------------------------------------------------- what is refused
+# -------------------------------------------------------------------------------------------- what is refused
 
 
 def test_pixel_limit_holds_for_every_kind_of_input(tmp_path: Path) -> None:
@@ -269,10 +275,8 @@ def test_pixel_limit_holds_for_every_kind_of_input(tmp_path: Path) -> None:
 @pytest.mark.parametrize("side", [8_001, 10_000, 60_000])
 def test_decompression_bomb_is_refused_before_it_unpacks(side: int) -> None:
     ppm = f"P6 {side} {side} 255\n".encode()  # a header alone: whoever decodes it fails with another error
-    started = time.monotonic()
     with pytest.raises(ImageError, match=f"over the limit of {MAX_PIXELS}"):
         load_image(ppm + bytes(100))
-    assert time.monotonic() - started < 1
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF"])
@@ -312,7 +316,7 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
         (b"%PDF-1.7\n", "is a PDF"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "is text"),
         (bytes(range(256)), "is not an image in a supported format.*Convert it"),
-        (HEIC, "HEIC.*Convert it to JPEG or PNG, or `pip install pillow-heif`"),
+        (HEIC, "is a HEIC.*Convert it to JPEG or PNG, or `pip install pillow-heif`"),
     ],
     ids=["empty", "text", "html", "svg", "pdf", "postscript", "binary", "heic"],
 )
@@ -321,25 +325,23 @@ def test_a_file_that_is_no_image(tmp_path: Path, content: bytes, says: str) -> N
         pytest.skip("pillow-heif is installed and reads it")
     path = tmp_path / "kitchen.jpg"
     path.write_bytes(content)
-    with pytest.raises(ImageError, match=f"kitchen.jpg' {says}"):
+    with pytest.raises(ImageError, match=rf"kitchen\.jpg' {says}"):
         load_image(path)
 
 
 def test_paths_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="nothing.png' does not exist. Check the path"):
+    with pytest.raises(ImageError, match=r"nothing.png' does not exist. Check the path"):
         load_image(tmp_path / "nothing.png")
-    with pytest.raises(ImageError, match="is a directory. Pass the path of one image file"):
+    with pytest.raises(ImageError, match=r"is a directory. Pass the path of one image file"):
         load_image(tmp_path)
-    with pytest.raises(ImageError, match="cannot be opened|does not exist"):
+    with pytest.raises(ImageError, match=r"cannot be opened|does not exist"):
         load_image("A" * 5000)
-    with pytest.raises(ImageError, match="cannot be opened|does not exist"):
+    with pytest.raises(ImageError, match=r"cannot be opened|does not exist"):
         load_image("a\0b.png")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no named pipes in the file system")
 def test_a_named_pipe_does_not_hang(tmp_path: Path) -> None:
-    import os
-
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(ImageError, match="is not a regular file"):
         load_image(tmp_path / "pipe.png")
@@ -418,7 +420,7 @@ def test_data_url_over_the_limit() -> None:
             load_image(url, max_bytes=max_bytes)
 
 
-# -------------------------------------------------------------------------------------------------------------- URLs
+# ------------------------------------------------------------------------------------------------------- URLs
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
@@ -545,7 +547,7 @@ def test_urls_that_give_no_image(site: Site) -> None:
         "/nonsense": "/nonsense' cannot be fetched",
         "/loop": "redirects more than 5 times",
         "/to-file": "not an http: or https: URL",
-        "/to-bad": "cannot be fetched|not a valid URL",
+        "/to-bad": "cannot be fetched",
     }.items():
         with pytest.raises(ImageError, match=says):
             fetch(site.url(path))
@@ -586,7 +588,7 @@ def test_a_slow_drip_meets_the_time_limit(site: Site, drip: bytes) -> None:
     started = time.monotonic()
     with pytest.raises(ImageError, match=r"/slow' took over 0\.4 s.*max_seconds"):
         fetch(site.url("/slow"), max_seconds=0.4)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 4  # the server goes on for 5 s
 
 
 def test_a_closed_port_and_an_unknown_host() -> None:
@@ -595,39 +597,40 @@ def test_a_closed_port_and_an_unknown_host() -> None:
         port = probe.getsockname()[1]
     with pytest.raises(ImageError, match=f"127.0.0.1:{port}/a.png' cannot be fetched.*refused"):
         fetch(f"http://127.0.0.1:{port}/a.png")
-    with pytest.raises(ImageError, match="cannot be fetched|took over"):
+    with pytest.raises(ImageError, match=r"cannot be fetched|took over"):
         fetch("http://no-such-host.invalid/a.png", max_seconds=3)
 
 
 def test_a_slow_name_server_meets_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: time.sleep(2))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: time.sleep(1) or [])
     with pytest.raises(ImageError, match="took over"):
         load_image("http://example.com/a.png", max_seconds=0.2)
 
 
 @pytest.mark.parametrize(
-    "url",
+    ("url", "says"),
     [
-        "ftp://host/a.png",
-        "file:///etc/passwd",
-        "s3://bucket/a.png",
-        "http:///a.png",
-        "http://host:99999/a.png",
+        ("ftp://host/a.png", "'ftp://host/a.png' is not an http: or https: URL. Download it"),
+        ("file:///etc/passwd", "is not an http: or https: URL"),
+        ("s3://bucket/a.png", "is not an http: or https: URL"),
+        ("http:///a.png", "names no host"),
+        ("http://host:99999/a.png", "is not a valid URL"),
+        ("http://[::1/a.png", "the URL is not a valid URL"),
     ],
 )
-def test_urls_of_another_kind(url: str) -> None:
-    with pytest.raises(ImageError, match="not an http: or https: URL|not a valid URL"):
+def test_urls_of_another_kind(url: str, says: str) -> None:
+    with pytest.raises(ImageError, match=says):
         load_image(url)
 
 
-# ----------------------------------------------------------------------------------------------- private addresses
+# ------------------------------------------------------------------------------------------ private addresses
 
 
 @pytest.mark.parametrize(
     "host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "0.0.0.0", "[::1]", "[::ffff:127.0.0.1]"]
 )
 def test_this_machine_is_not_reachable_by_any_spelling(site: Site, host: str) -> None:
-    with pytest.raises(ImageError, match="non-public address.*allow_private_urls|cannot be fetched"):
+    with pytest.raises(ImageError, match=r"non-public address.*allow_private_urls"):
         load_image(f"http://{host}:{site.port}/a.png")
     assert not site.requests
 
@@ -677,7 +680,7 @@ def test_a_name_with_one_private_address_among_its_own_is_refused(monkeypatch: p
 
 @pytest.fixture
 def public_site(site: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
-    """The local site, dressed up as the public address 8.8.8.8; the network beneath it is all that is faked."""
+    """The local site, dressed up as the public address 8.8.8.8; only the network beneath is faked."""
     real = socket.create_connection
 
     def create_connection(address: tuple[str, int], *args: object, **options: object) -> socket.socket:
@@ -727,26 +730,13 @@ def test_https_checks_the_certificate_against_the_name(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-keyout",
-        key,
-        "-out",
-        certificate,
-    ]
-    try:
-        subprocess.run(
-            [*command, "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
-            check=True,
-            capture_output=True,
-        )
-    except FileNotFoundError:
+    if shutil.which("openssl") is None:
         pytest.skip("needs the openssl command to make a certificate")
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=localhost"
+    name = ["-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run(
+        [*make.split(), *name, "-keyout", key, "-out", certificate], check=True, capture_output=True
+    )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     asked: list[str | None] = []
@@ -763,7 +753,7 @@ def test_https_checks_the_certificate_against_the_name(
         fetch(f"https://127.0.0.1:{site.port}/a.png")
 
 
-# ------------------------------------------------------------------------------------------------ errors and imports
+# ----------------------------------------------------------------------------------------- errors and imports
 
 
 def test_the_errors_can_be_caught_as_what_they_are() -> None:
@@ -774,8 +764,6 @@ def test_the_errors_can_be_caught_as_what_they_are() -> None:
 
 
 def test_a_missing_extra_survives_the_way_back_from_a_worker() -> None:
-    import pickle
-
     back = pickle.loads(pickle.dumps(MissingExtraError("gradio", "demo")))
     assert (back.package, back.extra, str(back)) == (
         "gradio",

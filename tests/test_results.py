@@ -161,8 +161,10 @@ def test_coco_has_xywh_boxes_and_categories_in_target_order() -> None:
         {"id": 2, "name": "spoon"},
         {"id": 3, "name": "bottle"},
     ]
-    second = {"id": 2, "image_id": 7, "category_id": 3, "bbox": [0, 0, 30, 90], "area": 2700}
-    assert coco["annotations"][1] == {**second, "iscrowd": 0, "score": 0.5}
+    first, second, _ = coco["annotations"]
+    where = {"bbox": [10.12, 20, 39.88, 40], "area": 1595.2, "iscrowd": 0}
+    assert first == {"id": 1, "image_id": 7, "category_id": 1, "score": 0.91, **where}
+    assert (second["id"], second["category_id"], second["bbox"]) == (2, 3, [0, 0, 30, 90])
     json.dumps(coco)
 
 

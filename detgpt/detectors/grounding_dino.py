@@ -100,9 +100,9 @@ class GroundingDinoDetector:
         return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _encode(self, images: list[Image.Image]) -> _Encoded:
-        pixels = self.processor.image_processor(images=images, do_pad=True, return_tensors="pt").to(self.device)
-        pixel_values = pixels["pixel_values"].to(self.model.dtype)
-        pixel_mask = pixels["pixel_mask"]
+        pixels = self.processor.image_processor(images=images, do_pad=True, return_tensors="pt")
+        pixel_values = pixels["pixel_values"].to(self.device, self.model.dtype)
+        pixel_mask = pixels["pixel_mask"].to(self.device)
         feature_maps = self.model.model.backbone.conv_encoder(pixel_values, pixel_mask)
         return _Encoded(pixel_values, pixel_mask, feature_maps)
 
@@ -163,7 +163,7 @@ def _load(source: str, dtype: torch.dtype, revision: str | None) -> tuple[Any, A
         model_type = AutoConfig.from_pretrained(source, **options).model_type
         if model_type not in MODEL_TYPES:
             raise ModelError(
-                f"{source} holds a model of type {model_type!r}; this detector reads {', '.join(MODEL_TYPES)}."
+                f"{source} is a model of type {model_type!r}; this detector reads {', '.join(MODEL_TYPES)}."
             )
         processor = AutoProcessor.from_pretrained(source, **options)
         model, report = AutoModelForZeroShotObjectDetection.from_pretrained(
@@ -171,8 +171,8 @@ def _load(source: str, dtype: torch.dtype, revision: str | None) -> tuple[Any, A
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
-            f"Cannot load a Grounding DINO from {source}: {error} Check the hub id or the folder; it must hold "
-            "config.json, model.safetensors, and the processor's and tokenizer's files."
+            f"Cannot load a Grounding DINO from {source}: {error} Check the hub id or the folder, which must "
+            "hold config.json, model.safetensors, and the files of the processor and the tokenizer."
         ) from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -187,7 +187,9 @@ def _load(source: str, dtype: torch.dtype, revision: str | None) -> tuple[Any, A
 def _check_tokenizer(source: str, processor: Any) -> None:
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None or not tokenizer.is_fast:
-        raise ModelError(f"{source} lacks a fast tokenizer; add its tokenizer.json, which maps tokens to names.")
+        raise ModelError(
+            f"{source} lacks a fast tokenizer, which finds the names' tokens; add tokenizer.json."
+        )
     found = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_IDS}
     if found != SPECIAL_IDS:
         raise ModelError(

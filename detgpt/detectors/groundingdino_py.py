@@ -68,7 +68,7 @@ class GroundingDinoPyDetector:
         self.name = str(checkpoint_path)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.max_prompts_per_pass = max_prompts_per_pass
-        self.model = _build(_read_config(Path(config_path)), config_path, text_encoder)
+        self.model: Any = _build(_read_config(Path(config_path)), config_path, text_encoder)
         _load_weights(self.model, Path(checkpoint_path))
         self.model.to(self.device).eval()
         self._transform = transforms.Compose(
@@ -138,10 +138,11 @@ class GroundingDinoPyDetector:
         features = {level: _unpadded(maps[rows]) for level, maps in encoded.feature_maps.items()}
         with _replaying(self.model.backbone, features):
             output = self.model(_unpadded(pixels), captions=texts)
-        offsets = self.model.tokenizer(texts, return_offsets_mapping=True, return_tensors="np")["offset_mapping"]
+        # The texts have one length: those that go together have the same delimiters.
+        tokens = self.model.tokenizer(texts, return_offsets_mapping=True, return_tensors="np")
         probabilities = output["pred_logits"].sigmoid().cpu().numpy()
         boxes = output["pred_boxes"].cpu().numpy()
-        return (TokenScores(*row) for row in zip(offsets, probabilities, boxes, strict=True))
+        return (TokenScores(*row) for row in zip(tokens["offset_mapping"], probabilities, boxes, strict=True))
 
 
 def _unpadded(pixels: torch.Tensor) -> Any:
@@ -180,9 +181,11 @@ def _require_package() -> None:
     except ModuleNotFoundError as error:
         raise MissingExtraError("groundingdino-py", "groundingdino") from error
     except ImportError as error:
-        # cv2 is there, but a shared library that it links is not: common on servers and in containers.
-        remedy = "install libgl1 (Debian, Ubuntu: apt-get install libgl1)" if "libGL" in str(error) else "fix it"
-        raise ModelError(f"groundingdino-py is installed but fails to import: {error}; {remedy}.") from error
+        # OpenCV is there, but a shared library that it links is not: common on servers and in containers.
+        remedy = (
+            " Install it on Debian or Ubuntu with: apt-get install libgl1" if "libGL" in str(error) else ""
+        )
+        raise ModelError(f"groundingdino-py is installed but cannot be imported: {error}.{remedy}") from error
 
 
 def _read_config(path: Path) -> SimpleNamespace:
@@ -259,6 +262,6 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         ) from error
     if missing:
         raise ModelError(
-            f"The weights {path} lack {len(missing)} tensors of the config's model, such as {missing[0]}; they "
-            "would run as random numbers. Use the config that belongs to this checkpoint."
+            f"The weights {path} lack {len(missing)} tensors of the config's model, such as {missing[0]}; "
+            "they would run as random numbers. Use the config that belongs to this checkpoint."
         )

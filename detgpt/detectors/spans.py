@@ -54,7 +54,9 @@ def check_query(
 ) -> None:
     """Raise `InputError` for arguments that no prompt can be made from."""
     if len(images) != len(names):
-        raise InputError(f"Got {len(images)} images but {len(names)} lists of names; give one list per image.")
+        raise InputError(
+            f"Got {len(images)} images but {len(names)} lists of names; each image needs its own."
+        )
     for argument, value in (("box_threshold", box_threshold), ("text_threshold", text_threshold)):
         if not 0 <= value <= 1:
             raise InputError(f"{argument} must lie in [0, 1], got {value!r}.")
@@ -79,7 +81,7 @@ def make_prompts(
     groups: list[list[int]] = []
     for index, cost in enumerate(costs):
         if cost > room:
-            raise InputError(f"The name {names[index][:60]!r}… is too long: the detector reads {room} tokens.")
+            raise InputError(f"The name {names[index][:60]!r} is too long: the detector reads {room} tokens.")
         if prompting == "joint" and groups and sum(costs[i] for i in groups[-1]) + cost <= room:
             groups[-1].append(index)
         else:

@@ -42,7 +42,7 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenSpan:
-    """Characters [start, end) of the answer text that one token wrote, and its natural log-probability (<= 0).
+    """Characters [start, end) of the answer text that one token wrote, and its natural log-probability.
 
     Tokens that share a character (the bytes of one letter) carry the same span.
     """

@@ -8,6 +8,7 @@ probabilities are the model's own. A row stops as soon as its answer line is com
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import queue
 import threading
@@ -84,7 +85,7 @@ class HuggingFaceReasoner:
         return self._generate(requests, max_new_tokens) if requests else []
 
     def stream(self, request: Request, *, max_new_tokens: int = 512) -> Iterator[str]:
-        """Generator of text pieces as they are written; returns the `RawAnswer`. Closing it stops the model."""
+        """Generator of text pieces as they come; returns the `RawAnswer`. Closing it stops the model."""
         _check_max_new_tokens(max_new_tokens)
         return self._stream(request, max_new_tokens)
 
@@ -135,20 +136,20 @@ class HuggingFaceReasoner:
         return inputs.to(self._model.device, dtype=self._model.dtype)
 
     def _conversation(self, request: Request) -> list[dict[str, Any]]:
-        """Chat messages; the image stands in the first. The template's own tokens are taken out of the texts."""
-        exchanges = [(turn.instruction, turn.answer) for turn in request.history] + [(request.instruction, "")]
-        first = exchanges[0][0]
-        bare = getattr(self._model.config, "detgpt_prompt", "full") == "bare"
-        prompts = [first if bare else format_instruction(first)] + [instruction for instruction, _ in exchanges[1:]]
-        messages: list[dict[str, Any]] = []
-        for prompt, (_, answer) in zip(prompts, exchanges, strict=True):
-            messages.append({"role": "user", "content": [self._text(prompt)]})
-            messages.append({"role": "assistant", "content": [self._text(answer)]})
-        messages.pop()  # the answer that is to be written
+        """Chat messages; the image stands in the first."""
+        texts = [text for turn in request.history for text in (turn.instruction, turn.answer)]
+        texts.append(request.instruction)
+        if getattr(self._model.config, "detgpt_prompt", "full") != "bare":
+            texts[0] = format_instruction(texts[0])
+        messages = [
+            {"role": role, "content": [self._text(text)]}
+            for role, text in zip(itertools.cycle(["user", "assistant"]), texts, strict=False)
+        ]
         messages[0]["content"].insert(0, {"type": "image", "image": request.image})
         return messages
 
-    def _text(self, text: str) -> dict[str, str]:
+    def _text(self, text: str) -> dict[str, Any]:
+        """A text part, without the tokens that only the template may write."""
         for token in self._control_tokens:
             text = text.replace(token, " ")
         return {"type": "text", "text": text}
@@ -192,8 +193,9 @@ class _Recorder(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
         new_ids = input_ids[:, -1:]
-        logprobs = self._logprobs.gather(-1, new_ids).squeeze(-1).tolist()
-        for writer, token_id, logprob in zip(self._writers, new_ids.squeeze(-1).tolist(), logprobs, strict=True):
+        logprobs = self._logprobs.gather(-1, new_ids)
+        steps = zip(self._writers, new_ids[:, 0].tolist(), logprobs[:, 0].tolist(), strict=True)
+        for writer, token_id, logprob in steps:
             if not writer.done:  # a finished row gets padding
                 writer.add(token_id, logprob, self._on_text)
         given_up = self._abandoned is not None and self._abandoned.is_set()
@@ -267,7 +269,7 @@ def _torch_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise InputError(f'dtype {dtype!r} is not a floating-point type of torch: try "float32" or "bfloat16"')
+        raise InputError(f'dtype {dtype!r} is no floating-point type of torch: try "float32" or "bfloat16"')
     return found
 
 
@@ -289,7 +291,9 @@ def _load_processor(name: str, revision: str | None) -> Any:
     """The checkpoint's processor, after everything that can be known to be wrong without reading weights."""
     looks_local = name.startswith((".", "~", os.sep)) or name.count("/") != 1
     if looks_local and not Path(name).is_dir():
-        raise ModelError(f"there is no model folder {name!r}: give an existing folder or a hub id like 'owner/model'")
+        raise ModelError(
+            f"there is no model folder {name!r}: give a folder that exists or a hub id 'owner/model'"
+        )
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ModelError(f"the folder {name!r} has no config.json: give a folder written by save_pretrained")
     try:
@@ -301,11 +305,15 @@ def _load_processor(name: str, revision: str | None) -> Any:
             )
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{name!r} cannot be loaded: {error}\nCheck the name, its files and the network.") from error
+        raise ModelError(
+            f"{name!r} cannot be loaded: {error}\nCheck the name, the files and the network."
+        ) from error
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
-        raise ModelError(f"{name!r} has no processor for images and text: add its processor and tokenizer files")
+        raise ModelError(f"{name!r} has no image processor or no tokenizer: add these files to it")
     if not processor.chat_template:
-        raise ModelError(f"{name!r} has no chat template: add its chat_template.jinja, or take the chat checkpoint")
+        raise ModelError(
+            f"{name!r} has no chat template: add chat_template.jinja, or take the chat checkpoint"
+        )
     return processor
 
 

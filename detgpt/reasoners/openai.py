@@ -95,7 +95,7 @@ class OpenAIReasoner:
         return _raw_answer(text, tokens, finish_reason)
 
     def _create(self, request: Request, max_new_tokens: int, stream: bool) -> Any:
-        """The completion or its stream; without token probabilities from a server that refuses to give them."""
+        """The completion or its stream; without token probabilities where the server refuses them."""
         with_logprobs = self._wants_logprobs
         try:
             return self._client.chat.completions.create(
@@ -129,12 +129,13 @@ class OpenAIReasoner:
     def _data_url(self, request: Request) -> str:
         buffer = io.BytesIO()
         request.image.save(buffer, self._image_format.upper(), quality=92)
-        return f"data:image/{self._image_format};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+        encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
+        return f"data:image/{self._image_format};base64,{encoded}"
 
     def _unusable(self, reason: object) -> ModelError:
         return ModelError(
             f"the server at {self._base_url} gave no answer from {self.name!r}: {reason}\n"
-            "Check that it runs, that the address ends in its API path (often /v1), the model's name and the key."
+            "Check that it runs, the address (it often ends in /v1), the model's name and the key."
         )
 
 
@@ -152,7 +153,7 @@ def _raw_answer(text: str, tokens: list[Any], finish_reason: str | None) -> RawA
 
 
 def _token_spans(text: str, tokens: list[Any]) -> tuple[TokenSpan, ...] | None:
-    """Characters that each token wrote; None when the tokens do not spell the text (then nothing is known)."""
+    """Characters that each token wrote; None when the tokens do not spell the text (nothing is known)."""
     if not tokens:
         return None
     decoder = codecs.getincrementaldecoder("utf-8")("replace")

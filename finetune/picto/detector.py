@@ -9,6 +9,7 @@ matching for every decoder layer, and all cells near a thing's centre for the pr
 
 from __future__ import annotations
 
+import functools
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import typer
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn import functional as F
-from torchvision.ops import box_convert, generalized_box_iou
+from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 from transformers import BertTokenizerFast, GroundingDinoConfig, GroundingDinoForObjectDetection
 
 from finetune.picto.knowledge import Knowledge, load_knowledge
@@ -101,7 +102,7 @@ def make_detector(vocabulary: int, tower: dict[str, torch.Tensor] | None = None)
         ).missing_keys
         if missing:
             raise ValueError(f"the tower lacks {missing}: it is of another shape than the detector's backbone")
-    return model.requires_grad_(True)
+    return model  # transformers leaves the stem and the first stage frozen, which a trained ResNet can bear
 
 
 @dataclass(frozen=True)
@@ -167,21 +168,15 @@ def make_truth(
 
 
 def focal(logits: torch.Tensor, target: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Sigmoid focal loss (alpha 0.25, gamma 2), summed over the valid tokens."""
-    logits = logits.masked_fill(~valid, 0.0)
-    p = logits.sigmoid()
-    ce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    p_t = p * target + (1 - p) * (1 - target)
-    alpha = 0.25 * target + 0.75 * (1 - target)
-    return (alpha * ce * (1 - p_t) ** 2)[valid.expand_as(ce)].sum()
+    """Sigmoid focal loss (alpha 0.25, gamma 2), summed where `valid`."""
+    loss = sigmoid_focal_loss(logits.masked_fill(~valid, 0.0), target, alpha=0.25, gamma=2)
+    return (loss * valid).sum()
 
 
 def box_losses(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """5 L1 + 2 (1 - GIoU), summed over pairs of (n, 4) cxcywh boxes."""
-    if not len(target):
-        return predicted.sum() * 0
-    giou = generalized_box_iou(box_convert(predicted, "cxcywh", "xyxy"), box_convert(target, "cxcywh", "xyxy"))
-    return 5 * F.l1_loss(predicted, target, reduction="sum") + 2 * (1 - giou.diagonal()).sum()
+    corners = (box_convert(predicted, "cxcywh", "xyxy"), box_convert(target, "cxcywh", "xyxy"))
+    return 5 * F.l1_loss(predicted, target, reduction="sum") + 2 * generalized_box_iou_loss(*corners, reduction="sum")
 
 
 @torch.no_grad()
@@ -216,6 +211,7 @@ def near_centre(truth: Truth, centres: torch.Tensor, levels: torch.Tensor) -> to
     return owner
 
 
+@functools.cache
 def proposal_grid() -> tuple[torch.Tensor, torch.Tensor]:
     """Centres (N, 2) and levels (N,) of the encoder's cells, in its order."""
     centres, levels = [], []
@@ -233,39 +229,37 @@ def detector_loss(
     mask = prompts.attention_mask
     out = model.model(pixel_values=values, input_ids=prompts.input_ids, attention_mask=mask)
     length = mask.shape[1]
-    valid = mask.bool()
-    count = max(1.0, float(sum(len(t.boxes) for t in truths)))
-    parts = {"proposals": torch.zeros(()), "tokens": torch.zeros(()), "boxes": torch.zeros(())}
+    valid = mask.bool()[:, None]  # (B, 1, T)
+    count = max(1, sum(len(t.boxes) for t in truths))
 
-    centres, levels = proposal_grid()
-    proposals = out.enc_outputs_coord_logits.sigmoid()
-    positives = 0
+    usable = out.enc_outputs_coord_logits.isfinite().all(-1)  # cells at the very edge are left out by the model
+    owners = torch.stack([near_centre(t, *proposal_grid()) for t in truths]).masked_fill(~usable, -1)
+    near = owners >= 0
+    target = torch.zeros(*near.shape, length)
     for i, truth in enumerate(truths):
-        usable = torch.isfinite(out.enc_outputs_coord_logits[i]).all(-1)
-        owner = near_centre(truth, centres, levels).masked_fill(~usable, -1)
-        near = owner >= 0
-        target = torch.zeros(len(centres), length)
-        target[near] = truth.tokens[owner[near]]
-        positives += int(near.sum())
-        parts["proposals"] = parts["proposals"] + focal(
-            out.enc_outputs_class[i, usable, :length], target[usable], valid[i][None]
-        )
-        parts["proposals"] = parts["proposals"] + box_losses(proposals[i, near], truth.boxes[owner[near]])
-    parts["proposals"] = parts["proposals"] / max(1, positives)
+        target[i, near[i]] = truth.tokens[owners[i, near[i]]]
+    wanted = torch.cat([t.boxes[o[n]] for t, o, n in zip(truths, owners, near, strict=True)])
+    proposals = focal(out.enc_outputs_class[..., :length], target, valid & usable[..., None])
+    proposals = proposals + box_losses(out.enc_outputs_coord_logits[near].sigmoid(), wanted)
+    proposals = proposals / max(1, int(near.sum()))
 
+    tokens, boxes = torch.zeros(()), torch.zeros(())
     reference = out.init_reference_points
     for level in range(out.intermediate_hidden_states.shape[1]):
         hidden = out.intermediate_hidden_states[:, level]
-        logits = model.class_embed[level](hidden, out.encoder_last_hidden_state_text, valid)[..., :length]
-        boxes = (model.bbox_embed[level](hidden) + torch.special.logit(reference, eps=1e-5)).sigmoid()
+        logits = model.class_embed[level](hidden, out.encoder_last_hidden_state_text, valid[:, 0])[..., :length]
+        predicted = (model.bbox_embed[level](hidden) + torch.special.logit(reference, eps=1e-5)).sigmoid()
         reference = out.intermediate_reference_points[:, level]
-        for i, truth in enumerate(truths):
-            queries, things = match(logits[i].masked_fill(~valid[i], -20.0), boxes[i], truth)
-            target = torch.zeros(logits.shape[1], length)
-            target[queries] = truth.tokens[things]
-            parts["tokens"] = parts["tokens"] + focal(logits[i], target, valid[i][None]) / count
-            parts["boxes"] = parts["boxes"] + box_losses(boxes[i, queries], truth.boxes[things]) / count
-    return {"loss": parts["proposals"] + 2 * parts["tokens"] + parts["boxes"], **parts}
+        scored = logits.detach().masked_fill(~valid, -20.0)
+        matches = [match(s, p, t) for s, p, t in zip(scored, predicted.detach(), truths, strict=True)]
+        target = torch.zeros(*logits.shape)
+        for i, (queries, things) in enumerate(matches):
+            target[i, queries] = truths[i].tokens[things]
+        tokens = tokens + focal(logits, target, valid) / count
+        chosen = torch.cat([predicted[i, queries] for i, (queries, _) in enumerate(matches)])
+        wanted = torch.cat([t.boxes[things] for t, (_, things) in zip(truths, matches, strict=True)])
+        boxes = boxes + box_losses(chosen, wanted) / count
+    return {"loss": proposals + 2 * tokens + boxes, "proposals": proposals, "tokens": tokens, "boxes": boxes}
 
 
 def train(
@@ -275,7 +269,7 @@ def train(
     out: Annotated[Path, typer.Option()] = Path("build/detector.pt"),
     steps: int = 3000,
     batch: int = 16,
-    lr: float = 1e-3,
+    lr: float = 6e-4,
     seed: int = 0,
 ) -> None:
     """Train the detector; prints AP50 on fresh scenes, asked for present and absent names."""
@@ -316,8 +310,8 @@ def train(
                 total += len(truth.boxes)
         return {"AP50": average_precision(found, total)}
 
-    groups = parameter_groups(model, lr, slow="conv_encoder", slow_factor=0.5)
-    fit(model, loss_of, Schedule(steps, lr), out, groups=groups, evaluate=evaluate, evaluate_every=300)
+    groups = parameter_groups(model, lr, slow="conv_encoder", slow_factor=0.2)
+    fit(model, loss_of, Schedule(steps, lr, clip=1.0), out, groups=groups, evaluate=evaluate, evaluate_every=400)
 
 
 def _judge(

@@ -68,7 +68,7 @@ def listing(parts: Sequence[str]) -> str:
 
 
 def answer(place: str, names: Sequence[str], wish: Wish) -> str:
-    """The whole answer about a scene: `names` are what is in it, from left to right."""
+    """The whole answer about a scene: `names` are what is in it, in reading order."""
     seen = f"{PLACES[place].phrase} I see {listing([with_article(n) for n in names])}."
     fitting = [n for n in names if n in wish.fits]
     sentences = [seen, wish.reason, _conclusion(fitting, wish)]

@@ -3,7 +3,7 @@
     python -m finetune.picto.reasoner build/train build/val --tower build/tower.pt --out build/reasoner.pt
 
 The tower stays as it was trained, so its features are computed once. The projector and the language model learn
-together: mostly captions at first (what is in the picture, from left to right), then mostly wishes. The loss is on
+together: mostly captions at first (what is in the picture, in reading order), then mostly wishes. The loss is on
 the answers only.
 """
 
@@ -59,7 +59,7 @@ class Conversations:
 
     def draw(self, rng: np.random.Generator, scene: int, captions: float = 0.0) -> list[Exchange]:
         """One exchange, sometimes two; a share `captions` of them asks for everything."""
-        present = [self.names[c] for c in self.bank.classes_left_to_right(scene)]
+        present = [self.names[c] for c in self.bank.classes_in_reading_order(scene)]
         place = self.bank.places[scene]
         kind = "everything" if rng.random() < captions else None
         wish = self.sampler.draw(rng, present, kind)

@@ -22,7 +22,7 @@ from rich.progress import track
 
 from finetune.picto import sprites
 from finetune.picto.knowledge import load_knowledge
-from finetune.picto.scenes import Scene, make_scene
+from finetune.picto.scenes import Scene, make_scene, reading_order
 
 SIDE = 224  # pixels; what both models look at
 ASPECTS = ((4, 3), (1, 1), (3, 4), (3, 2))  # shapes of picture that people bring
@@ -50,10 +50,10 @@ class SceneBank:
         rows = self.objects[self.starts[scene] : self.starts[scene + 1]]
         return rows[:, 1].astype(int), rows[:, 2:]
 
-    def classes_left_to_right(self, scene: int) -> list[int]:
+    def classes_in_reading_order(self, scene: int) -> list[int]:
+        """Class indices, each once."""
         classes, boxes = self.of(scene)
-        order = np.argsort(boxes[:, 0] + boxes[:, 2], kind="stable")
-        return list(dict.fromkeys(int(c) for c in classes[order]))
+        return list(dict.fromkeys(int(classes[i]) for i in reading_order(boxes)))
 
 
 def scene_for(seed: int, index: int, styles: tuple[str, ...] = sprites.TRAIN_STYLES) -> Scene:

@@ -20,6 +20,7 @@ from finetune.picto.places import PLACES, Place, Shape
 
 MIN_VISIBLE = 0.7  # of a thing's own pixels: occlusion stays mild
 FLYING = {"airplane", "helicopter", "butterfly", "bee", "kite", "balloon"}
+LINES = 7  # of the picture, for reading order: the rows of cells that the reasoner sees
 AT_HOME = 0.6  # chance that a thing belongs to the place it is in
 
 
@@ -50,6 +51,12 @@ class Object:
     box: tuple[float, float, float, float]  # xyxy pixels of the visible part
 
 
+def reading_order(boxes: np.ndarray) -> list[int]:
+    """Indices of boxes (N, 4) in 0..1 by their centres: line by line, each from left to right."""
+    x, y = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
+    return [int(i) for i in np.lexsort((x, np.floor(y * LINES)))]
+
+
 @dataclass(frozen=True)
 class Scene:
     image: Image.Image
@@ -58,9 +65,9 @@ class Scene:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Each name once, from left to right."""
-        by_x = sorted(self.objects, key=lambda o: o.box[0] + o.box[2])
-        return tuple(dict.fromkeys(o.name for o in by_x))
+        """Each name once, in reading order."""
+        boxes = np.array([o.box for o in self.objects]).reshape(-1, 4) / np.tile(self.image.size, 2)
+        return tuple(dict.fromkeys(self.objects[i].name for i in reading_order(boxes)))
 
 
 def make_scene(

@@ -26,6 +26,7 @@ from finetune.picto.language import Wish, Wishes, WishSampler, as_typed
 from finetune.picto.scenebank import scene_for
 from finetune.picto.scenes import Scene
 
+FOLDER = Path(__file__).parent / "splits"
 WISHES_PER_SCENE = 3
 
 
@@ -83,7 +84,7 @@ def write_split(split: Split, folder: Path, scenes: int) -> None:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument()] = Path("finetune/picto/splits"),
+    folder: Annotated[Path, typer.Argument(help="Where the splits go.")] = FOLDER,
     scenes: Annotated[int, typer.Option(help="Scenes a split, three wishes each.")] = 120,
 ) -> None:
     """Write the four splits."""

@@ -1,11 +1,13 @@
 """The built-in model's eyes: a small ResNet with two transformer layers on top (DPT-hybrid).
 
-    python -m finetune.picto.tower build/train build/val --out build/tower.pt
+    python -m finetune.picto.tower build/train build/val --out build/dense.pt
+    python -m finetune.picto.tower build/train build/val --out build/tower.pt \
+        --start build/dense.pt --detector build/detector.pt --steps 600 --lr 7e-4
 
 First the ResNet alone learns to name the thing in the middle of a small cut-out: twelve times cheaper than a scene,
 and the features carry over since nothing is resized. Then the tower learns on whole scenes which classes cover each
-cell and which have their centre in it. It becomes the reasoner's `vision_tower`; its ResNet alone, the detector's
-backbone.
+cell and which have their centre in it. Its ResNet becomes the detector's backbone. The second command takes the ResNet
+back once the detector has trained it further: the result is the reasoner's `vision_tower`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, DPTConfig, DPTModel, ResNetConfig
 
+from finetune.picto.knowledge import load_knowledge
 from finetune.picto.loop import Schedule, fit
 from finetune.picto.scenebank import SIDE, SceneBank
 
@@ -170,9 +173,11 @@ def train(
     batch: int = 32,
     lr: float = 1.5e-3,
     seed: int = 0,
-    num_classes: int = 131,
+    start: Annotated[Path | None, typer.Option(help="Go on from this tower, without cut-outs.")] = None,
+    detector: Annotated[Path | None, typer.Option(help="Take the ResNet of this trained detector.")] = None,
 ) -> None:
     """Train the tower; prints presence F1 on fresh scenes."""
+    num_classes = len(load_knowledge().classes)
     torch.manual_seed(seed)
     bank, val = SceneBank.open(train_bank), SceneBank.open(val_bank)
     model = DenseTower(num_classes).to(memory_format=torch.channels_last).train()
@@ -186,7 +191,15 @@ def train(
         parts = {"early": F.cross_entropy(early, target), "late": F.cross_entropy(late, target)}
         return {"loss": parts["early"] + parts["late"], **parts, "accuracy": (late.argmax(1) == target).float().mean()}
 
-    fit(classifier, cut_loss, Schedule(cut_steps, 2e-3), out.with_stem("cuts"))
+    if start is None:
+        fit(classifier, cut_loss, Schedule(cut_steps, 2e-3), out.with_stem("cuts"))
+    else:
+        model.load_state_dict(torch.load(start, weights_only=True)["model"])
+        resnet = model.tower.embeddings.backbone
+        for part in (resnet.embedder, resnet.encoder.stages[0]):  # they have learned what they can, and cost most
+            part.requires_grad_(False)
+    if detector is not None:
+        _take_resnet(model, torch.load(detector, weights_only=True)["model"])
 
     def loss_of(step: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng((seed, step))
@@ -216,6 +229,15 @@ def train(
         return {"presence F1": presence_f1(np.concatenate(scores), truth)}
 
     fit(model, loss_of, Schedule(steps, lr), out, evaluate=evaluate, evaluate_every=300)
+
+
+def _take_resnet(model: DenseTower, detector: dict[str, torch.Tensor]) -> None:
+    prefix = "model.backbone.conv_encoder.model."
+    resnet = {k.removeprefix(prefix): v for k, v in detector.items() if k.startswith(prefix)}
+    result = model.tower.embeddings.backbone.load_state_dict(resnet, strict=False)
+    wrong = [*result.unexpected_keys, *(k for k in result.missing_keys if not k.endswith("num_batches_tracked"))]
+    if wrong:
+        raise ValueError(f"the detector's backbone is of another shape than the tower's: {wrong}")
 
 
 def _bce(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,583 @@
+"""The command line: `detgpt detect`, `chat`, `models` and `eval`.
+
+    detgpt detect kitchen.png "I am thirsty" --output out.png
+
+Results go to stdout; progress, notes and errors go to stderr. This file reads arguments and prints; what lies
+in between is `DetGPT`. Nothing heavy is imported before a command needs a model.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+from urllib.parse import urlsplit
+
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from detgpt import __version__
+from detgpt.answer import ParsedAnswer
+from detgpt.draw import target_colours
+from detgpt.errors import DetGPTError, InputError, ModelError
+from detgpt.images import load_image
+from detgpt.models import PAIRS, ModelPair, resolve
+from detgpt.pipeline import DetGPT, Options
+from detgpt.reasoners import Turn
+from detgpt.reasoners.scripted import ScriptedReasoner
+from detgpt.results import Detections
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+PICTO_NOTE = "picto knows pictograms only; for photographs add --model base"
+
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+EXITS = (
+    "Exit status: 0 answered, also where nothing fits; 1 an error, of any image; 2 wrong usage; 130 stopped."
+)
+app = typer.Typer(
+    help="Detect what you need by saying why you need it.",
+    epilog=EXITS,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal may lack a letter
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"detgpt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _detgpt(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+# ------------------------------------------------------------------------------- which models, which settings
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which models run, and where.
+
+    model: a pair of models by name (see `detgpt models`), or a folder that holds detgpt.json.
+    reasoner: hub id or folder of a reasoner; goes with --detector and stands in for --model.
+    detector: hub id or folder of a Grounding DINO detector; with --names it needs no --reasoner.
+    device: where to run, such as cpu, cuda or cuda:1; a GPU where there is one unless given.
+    dtype: number format of the reasoner's weights, such as float32 or bfloat16.
+    debug: show tracebacks, and the libraries' own messages.
+    """
+
+    model: str = field(default="picto", metadata={"flags": ("--model", "-m")})
+    reasoner: str | None = None
+    detector: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    debug: bool = field(default=False, metadata={"flags": ("--debug",)})
+
+    def pair(self, reasons: bool) -> ModelPair:
+        """The chosen pair; with `reasons` False it may lack its reasoner."""
+        if self.reasoner is None and self.detector is None:
+            return resolve(self.model)
+        if self.detector is None or (reasons and self.reasoner is None):
+            raise typer.BadParameter("name both parts: --reasoner and --detector go together")
+        return ModelPair(self.reasoner or "", self.detector)
+
+    def load(self, settings: dict[str, Any], *, reasons: bool = True) -> DetGPT:
+        pair = self.pair(reasons)
+        options = Options().updated({**pair.options, **settings})
+        parts = [pair.reasoner, pair.detector] if reasons else [pair.detector]
+        # Without reasoning nobody asks the reasoner, so the gigabytes of a real one stay where they are.
+        reasoner = pair.reasoner if reasons else ScriptedReasoner(["Targets: []"])
+        with _loading(self.model if self.detector is None else self.detector, parts, self.debug):
+            return DetGPT(reasoner, pair.detector, device=self.device, dtype=self.dtype, options=options)
+
+
+def _flags(kind: type, heading: str) -> Iterator[inspect.Parameter]:
+    """One flag per field of a dataclass; the field and the docstring give name, type, default and help."""
+    text = inspect.cleandoc(kind.__doc__ or "")
+    described = dict(re.findall(r"^(\w+): (.*(?:\n {4}.*)*)", text, re.MULTILINE))
+    types = get_type_hints(kind)
+    for setting in fields(kind):
+        option = typer.Option(
+            *setting.metadata.get("flags", ()),
+            help=" ".join(described.get(setting.name, "").split()),
+            show_default=False if setting.default in (None, False) else str(setting.default),
+            rich_help_panel=heading,
+        )
+        flag: Any = Annotated[types[setting.name] | None, option]
+        yield inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=flag)
+
+
+def _with_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace the parameters `choice` and `settings` by flags for `Choice` and `Options`, and report errors.
+
+    `settings` holds only what was set, so that the model's own options stay its defaults.
+    """
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        chosen, settings = (
+            {flag.name: value for flag in fields(kind) if (value := given.pop(flag.name)) is not None}
+            for kind in (Choice, Options)
+        )
+        with _usage():
+            Options().updated(settings)
+        with _reporting(chosen.get("debug", False)):
+            command(**given, choice=Choice(**chosen), settings=settings)
+
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.name not in ("choice", "settings")]
+    run.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[
+            *own,
+            *_flags(Choice, "Models"),
+            *_flags(Options, "Settings, unless the model brings its own"),
+        ]
+    )
+    return run
+
+
+# --------------------------------------------------------------------------------------------------- commands
+
+
+@app.command(no_args_is_help=True, epilog=EXITS)
+@_with_model
+def detect(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar='IMAGE... "WISH"',
+            help="Images (path, URL, or - for standard input), then what you need, in quotes.",
+            show_default=False,
+        ),
+    ],
+    names: Annotated[
+        str | None,
+        typer.Option(
+            help="Look for these things without reasoning: cup,bottle. All arguments are images then."
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", help="Write the picture with boxes: a file, for several images a folder."
+        ),
+    ] = None,
+    legend: Annotated[
+        bool, typer.Option("--legend", help="Write wish and reasoning under the picture.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, one object and line per image.")
+    ] = False,
+    as_coco: Annotated[bool, typer.Option("--coco", help="Print one COCO document for all images.")] = False,
+    *,
+    choice: Choice,
+    settings: dict[str, Any],
+) -> None:
+    """Find what a wish needs in one or more images.
+
+    detgpt detect kitchen.png "I am thirsty" -o out.png
+
+    detgpt detect a.png b.png "I am thirsty" --json
+
+    detgpt detect kitchen.png --names cup,bottle
+    """
+    images, query = _images_and_query(arguments, names)
+    paths = _picture_paths(output, images)
+    if as_json and as_coco:
+        raise typer.BadParameter("--json and --coco exclude each other: choose one")
+    model = choice.load(settings, reasons=names is None)
+    found: list[tuple[str, Detections]] = []
+    for source, path in zip(images, paths, strict=True):
+        title = _title(source)
+        try:
+            with _status(f"looking at {title}", choice.debug):
+                result = model.detect(sys.stdin.buffer if source == "-" else source, **query)
+            if path:
+                _save(result, path, legend)
+        except DetGPTError as error:
+            if len(images) == 1 or choice.debug:
+                raise
+            _print_error(f"{title}: {error}")
+            continue
+        found.append((title, replace(result, image=None)))  # thousands of pictures would fill the memory
+        if as_json:
+            _print_json({"image": title, **result.to_dict()})
+        elif not as_coco:
+            _print_result(title, result)
+    if as_coco:
+        _print_json(_coco(found))
+    if choice.model == "picto" and choice.detector is None and not (as_json or as_coco):
+        _hint(PICTO_NOTE)
+    if len(found) < len(images):
+        raise typer.Exit(1)
+
+
+@app.command(no_args_is_help=True)
+@_with_model
+def chat(
+    image: Annotated[str, typer.Argument(help="The image to talk about: path or URL.", show_default=False)],
+    *,
+    choice: Choice,
+    settings: dict[str, Any],
+) -> None:
+    """Talk about one image: each wish knows those before it.
+
+    /save out.png saves the picture of the last answer, /quit or the end of the input ends.
+    """
+    if image == "-":
+        raise typer.BadParameter("the wishes come from standard input: give the image as a path or URL")
+    picture = load_image(image)
+    model = choice.load(settings)
+    turns: list[Turn] = []
+    result: Detections | None = None
+    _hint("say what you need; /save out.png, /quit")
+    for line in _lines():
+        command, _, path = line.partition(" ")
+        try:
+            if command == "/quit":
+                break
+            if command == "/save":
+                _save_last(result, path.strip())
+            elif command.startswith("/"):
+                _note(f"there is no {command}: /save out.png or /quit")
+            else:
+                result = _answer(model, picture, line, turns)
+                turns.append(Turn(line, result.answer))
+        except DetGPTError as error:
+            if choice.debug:
+                raise
+            _print_error(str(error))
+
+
+@app.command()
+def models() -> None:
+    """List the model pairs, what they know and what they need."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 1, 0))
+    for heading in ("model", "knows", "needs", "here", "reasoner and detector"):
+        table.add_column(heading, overflow="fold")
+    for name in PAIRS:
+        try:
+            pair = resolve(name)
+        except ModelError:
+            table.add_row(name, "", "", "no", "built in, but left out of this installation")
+            continue
+        here = all(_is_here(part) for part in (pair.reasoner, pair.detector))
+        parts = "built in" if isinstance(PAIRS[name], Path) else f"{pair.reasoner}\n{pair.detector}"
+        table.add_row(f"[bold]{name}[/]", pair.knows, pair.needs, "yes" if here else "no", parts)
+    out.print(table)
+    out.print(f"{PICTO_NOTE}.", style="dim")
+
+
+@app.command("eval", no_args_is_help=True)
+def evaluate(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", show_default=False)],
+    model: Annotated[
+        list[str] | None, typer.Option("--model", "-m", help="Pairs to compare; else picto.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many images per folder.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that go through the models together.")] = 8,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write all numbers as JSON.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to run, such as cpu or cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Number format of the reasoner's weights.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Measure models on folders of annotated images; print a Markdown table."""
+    with _reporting(debug):
+        from detgpt import evaluation
+
+        results = {}
+        for name in model or ["picto"]:
+            loaded = Choice(model=name, device=device, dtype=dtype, debug=debug).load({})
+            for folder in folders:
+                title = f"{name} · {folder.name}"
+                with _progress(title) as progress:
+                    results[title] = evaluation.evaluate(
+                        loaded, folder, limit=limit, progress=progress, batch_size=batch_size
+                    )
+        typer.echo(evaluation.table(results))
+        if output:
+            with _replacing(output) as file:
+                file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            _note(f"wrote {output}")
+
+
+# -------------------------------------------------------------------------------------------------- arguments
+
+
+def _images_and_query(arguments: list[str], names: str | None) -> tuple[list[str], dict[str, Any]]:
+    """The images, and what `DetGPT.detect` is to look for: the last argument, unless there are names."""
+    images, query = arguments, dict[str, Any]()
+    if names is None:
+        *images, wish = arguments
+        if not images:
+            raise typer.BadParameter(f'give an image and a wish: detgpt detect {wish} "I am thirsty"')
+        if Path(wish).suffix and Path(wish).is_file():
+            raise typer.BadParameter(f"the last argument is a wish, but {wish!r} is a file")
+        if not wish.strip():
+            raise typer.BadParameter("the wish is empty: say what you need")
+        query = {"instruction": wish}
+    else:
+        wanted = [name.strip() for name in names.split(",") if name.strip()]
+        with _usage():
+            ParsedAnswer.of_names(wanted)
+        if not wanted:
+            raise typer.BadParameter("no name is given: write them as --names cup,bottle")
+        query = {"names": wanted}
+    if images.count("-") > 1:
+        raise typer.BadParameter("- is given twice, but standard input can be read only once")
+    if "-" in images and sys.stdin.isatty():
+        raise typer.BadParameter("- reads an image from standard input: pipe one in, as with < cup.png")
+    return images, query
+
+
+def _picture_paths(output: str | None, images: Sequence[str]) -> list[Path | None]:
+    """Where each image's picture goes: `output` itself, or `<stem>-detgpt.png` in it if that is a folder."""
+    if output is None:
+        return [None] * len(images)
+    folder = Path(output)
+    if len(images) == 1 and not (folder.is_dir() or output.endswith(("/", os.sep))):
+        return [_picture_path(output)]
+    taken: list[Path | None] = []
+    for image in images:
+        stem = Path(urlsplit(image).path if "://" in image else _title(image)).stem or "image"
+        path, number = folder / f"{stem}-detgpt.png", 1
+        while path in taken:
+            number += 1
+            path = folder / f"{stem}-detgpt-{number}.png"
+        taken.append(path)
+    return taken
+
+
+def _picture_path(path: str) -> Path:
+    if Path(path).suffix.lower() not in PICTURE_SUFFIXES:
+        raise typer.BadParameter(f"{path!r} names no picture: end it in one of {' '.join(PICTURE_SUFFIXES)}")
+    return Path(path)
+
+
+def _title(source: str) -> str:
+    """An image's name in the output."""
+    if source == "-":
+        return "stdin"
+    return "data-url" if source[:5].lower() == "data:" else source
+
+
+# ------------------------------------------------------------------------------------------------------- chat
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, or what is piped in, without empty lines."""
+    while True:
+        try:
+            line = input("› " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+def _answer(model: DetGPT, picture: Image.Image, wish: str, turns: list[Turn]) -> Detections:
+    """Print the answer as it is written, then the boxes."""
+    for event in model.stream(picture, wish, history=turns):
+        if isinstance(event, Detections):
+            out.print("\n")
+            _print_boxes(event)
+            return event
+        out.print(_plain(event), end="", soft_wrap=True)
+    raise AssertionError("a stream ends with its result")
+
+
+def _save_last(result: Detections | None, path: str) -> None:
+    if result is None:
+        raise InputError("there is nothing to save yet: say what you need first")
+    try:
+        _save(result, _picture_path(path), legend=True)
+    except typer.BadParameter as error:
+        raise InputError(error.message) from error
+
+
+# ----------------------------------------------------------------------------------------------------- output
+
+
+def _print_result(title: str, result: Detections) -> None:
+    out.print(_plain(title, "bold"), soft_wrap=True)
+    if result.reasoning:
+        out.print(_plain(result.reasoning), soft_wrap=not out.is_terminal)
+    _print_boxes(result)
+    out.print()
+
+
+def _print_boxes(result: Detections) -> None:
+    names = [target.name for target in result.targets]
+    colours = dict(zip(names, target_colours(len(names)), strict=True))
+    confidences = {target.name: target.confidence for target in result.targets}
+    if result.problem:
+        out.print(_plain(f"warning: {result.problem}", "yellow"), soft_wrap=True)
+    elif not names:
+        out.print("Nothing here fits.")
+    if len(result):
+        table = Table("target", box=None, pad_edge=False, header_style="dim")
+        for heading in ("score", "confidence", "x0", "y0", "x1", "y1"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for box, score, label in result:
+            confidence = confidences[label]
+            target = Text.assemble(("● ", colours[label]), _plain(label))
+            sureness = "" if confidence is None else f"{confidence:.2f}"
+            table.add_row(target, f"{score:.2f}", sureness, *(f"{edge:.0f}" for edge in box))
+        out.print(table)
+    if missed := [target.name for target in result.targets if not target.found]:
+        out.print(_plain(f"not found in the picture: {', '.join(missed)}"), soft_wrap=not out.is_terminal)
+
+
+def _coco(found: Sequence[tuple[str, Detections]]) -> dict[str, list[dict[str, Any]]]:
+    """One COCO document of all images, with common categories."""
+    names = list(dict.fromkeys(target.name for _, result in found for target in result.targets))
+    categories = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
+    document: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
+    for number, (title, result) in enumerate(found, start=1):
+        annotation_id = len(document["annotations"]) + 1
+        part = result.to_coco(number, file_name=title, categories=names, first_annotation_id=annotation_id)
+        document["images"] += part["images"]
+        document["annotations"] += part["annotations"]
+    return document
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    # A file name that is no UTF-8 comes as lone surrogates; their backslash form is also JSON's own escape.
+    typer.echo(text.encode("utf-8", "backslashreplace"))
+
+
+def _plain(text: str, style: str = "") -> Text:
+    """Text of a model or a user: no markup, and no control characters for the terminal to obey."""
+    return Text(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text), style)
+
+
+def _save(result: Detections, path: Path, legend: bool) -> None:
+    with _replacing(path) as file:
+        result.draw(legend).save(file)
+    _note(f"wrote {path}")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary neighbour of `path`, which takes its place when it is whole."""
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a picture too large for its format
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write {str(path)!r}: {reason}. Choose another file or folder.") from error
+
+
+# ------------------------------------------------------------------------------------------- notes and errors
+
+
+def _note(text: str) -> None:
+    err.print(_plain(text, "dim"), soft_wrap=True)
+
+
+def _hint(text: str) -> None:
+    """A note for people, not for logs."""
+    if err.is_terminal:
+        _note(text)
+
+
+def _print_error(message: str) -> None:
+    err.print(Text.assemble(("error: ", "bold red"), _plain(" ".join(message.split()))), soft_wrap=True)
+
+
+@contextmanager
+def _usage() -> Iterator[None]:
+    """Report an `InputError` as wrong usage."""
+    try:
+        yield
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@contextmanager
+def _reporting(debug: bool) -> Iterator[None]:
+    """Report errors of the library in one line; `debug` leaves them their traceback."""
+    try:
+        yield
+    except DetGPTError as error:
+        if debug:
+            raise
+        _print_error(str(error))
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _status(text: str, debug: bool) -> AbstractContextManager[Any]:
+    """A spinner on a terminal; with `debug` none, for it would overwrite what the libraries say."""
+    return err.status(_plain(text, "dim")) if err.is_terminal and not debug else nullcontext()
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, moved by calls with how many are done and how many there are."""
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _loading(title: str, parts: Sequence[str], debug: bool) -> Iterator[None]:
+    """Keep the libraries quiet, but for the progress of a download."""
+    if not debug:
+        warnings.simplefilter("ignore")
+        for variable in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+            os.environ.setdefault(variable, "error")
+    downloads = not all(_is_here(part) for part in parts)
+    if not downloads and not debug:
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()  # transformers follows, being imported later
+    with _status(f"loading {title}", debug or downloads):
+        yield
+
+
+def _is_here(part: str) -> bool:
+    """Whether this part of a pair is a folder, or a checkpoint in the hub's cache."""
+    if Path(part).is_dir():
+        return True
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        files = ("model.safetensors", "model.safetensors.index.json")
+        return any(isinstance(try_to_load_from_cache(part, file), str) for file in files)
+    except HFValidationError:  # no hub id: a folder that is not there
+        return False

@@ -1,0 +1,110 @@
+"""The built-in model on its committed evaluation splits: it looks, it reasons, it grounds.
+
+The bars lie a margin below what `detgpt eval` measures on the whole splits (see the model card).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from detgpt import DetGPT
+from detgpt.evaluation import evaluate
+from finetune.picto.knowledge import load_knowledge
+from finetune.picto.scenes import make_scene
+from finetune.picto.splits import FOLDER as SPLITS
+
+WEIGHTS = Path("weights/picto")
+
+
+@pytest.fixture(scope="module")
+def model() -> DetGPT:
+    return DetGPT.from_pretrained("picto")
+
+
+@pytest.fixture(scope="module")
+def seen(model):
+    return evaluate(model, SPLITS / "seen", limit=90)
+
+
+@pytest.fixture(scope="module")
+def paraphrases(model):
+    return evaluate(model, SPLITS / "paraphrases", limit=90)
+
+
+def test_it_is_small_and_of_the_classes_that_big_checkpoints_use(model):
+    files = [f for f in WEIGHTS.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 48e6
+    assert {f.suffix for f in files} <= {".json", ".safetensors", ".txt", ".md", ".jinja"}
+    assert type(model.reasoner._model).__name__ == "LlavaForConditionalGeneration"
+    assert type(model.detector.model).__name__ == "GroundingDinoForObjectDetection"
+
+
+def test_it_answers_wishes_about_new_scenes(seen):
+    assert seen["end_to_end"]["f1_50"] >= 0.75
+    assert seen["reasoner"]["f1"] >= 0.75
+
+
+def test_it_understands_ways_of_speaking_that_it_never_met(paraphrases):
+    assert paraphrases["end_to_end"]["f1_50"] >= 0.65
+
+
+def test_it_says_so_when_nothing_fits(seen):
+    assert seen["reasoner"]["rejection"] >= 0.75
+    assert seen["end_to_end"]["rejection"] >= 0.75
+
+
+def test_it_names_what_it_sees(seen):
+    """A model that names every drink for "thirsty", whatever stands there, has not looked."""
+    assert seen["reasoner"]["hallucination"] <= 0.08
+
+
+def test_its_answers_can_be_read(seen, paraphrases):
+    assert seen["reasoner"]["parse_failure"] <= 0.02
+    assert paraphrases["reasoner"]["parse_failure"] <= 0.02
+
+
+def test_its_detector_finds_what_it_is_told_to_find(seen):
+    assert seen["detector"]["ap50"] >= 0.8
+
+
+def test_wrong_weights_fail_these_tests(model):
+    """The bars mean something: the same reasoner with its projector scrambled does not pass them."""
+    blind = DetGPT.from_pretrained("picto")
+    projector = blind.reasoner._model.model.multi_modal_projector
+    projector.linear_2.weight.data = projector.linear_2.weight.data.flip(0)
+    result = evaluate(blind, SPLITS / "seen", limit=24)
+    assert result["end_to_end"]["f1_50"] < 0.5
+
+
+def test_the_same_wish_looks_at_the_picture(model):
+    """ "I am thirsty" names what stands there, not what could."""
+    knowledge = load_knowledge()
+    drinks = knowledge.fitting(knowledge.needs["thirst"].rule)
+    answers = set()
+    for index in range(12):
+        scene = make_scene((31, index), (400, 300), knowledge.classes)
+        named = {t.name for t in model.detect(scene.image, "I am thirsty").targets}
+        answers.add(frozenset(named))
+        assert not named - drinks or named & set(scene.names)
+    assert len(answers) > 1
+
+
+def test_boxes_are_in_the_pixels_of_the_picture_given(model):
+    """The same scene at another size gives the same boxes, scaled."""
+    classes = load_knowledge().classes
+    small = model.detect(make_scene((31, 3), (400, 300), classes).image, names=list(classes)[:40])
+    large = model.detect(make_scene((31, 3), (1200, 900), classes).image, names=list(classes)[:40])
+    assert set(small.labels) == set(large.labels)
+    for label in set(small.labels):
+        a = small.boxes[small.labels.index(label)] * 3
+        b = large.boxes[large.labels.index(label)]
+        assert np.abs(a - b).max() < 40
+
+
+def test_confidence_is_a_probability(model):
+    result = model.detect("examples/kitchen.png", "I am thirsty")
+    assert result.targets
+    assert all(t.confidence is not None and 0 < t.confidence <= 1 for t in result.targets)
