@@ -14,7 +14,7 @@ from typing import Any
 
 import gradio as gr
 
-from detgpt import DetGPT, DetGPTError, Detections
+from detgpt import Detections, DetGPT, DetGPTError
 
 EXAMPLES = sorted(Path(__file__).with_name("examples").glob("*.png"))
 WISHES = ["I am thirsty", "It is raining", "My finger is bleeding", "I want to write something down"]
@@ -52,9 +52,7 @@ def build(model: DetGPT, note: str = "") -> gr.Blocks:
                 if EXAMPLES:
                     gr.Examples([str(path) for path in EXAMPLES], picture, label="Pictures")
                 with gr.Accordion("Settings", open=False):
-                    threshold = gr.Slider(
-                        0, 1, model.options.box_threshold, step=0.05, label="Least score of a box"
-                    )
+                    threshold = gr.Slider(0, 1, model.options.box_threshold, step=0.05, label="Least score of a box")
             with gr.Column():
                 drawn = gr.Image(label="What fits", format="png", height=380, interactive=False)
                 reasoning = gr.Textbox(label="Why", lines=3, max_lines=12, interactive=False)
@@ -87,9 +85,7 @@ def _rows(result: Detections) -> list[list[Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="picto", help="model pair or folder; `detgpt models` lists them")
     parser.add_argument("--device", help="where to run, such as cpu or cuda")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")

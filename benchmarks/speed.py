@@ -77,7 +77,16 @@ def measure_warm(repeats: int) -> dict[str, float]:
 def measure_cold() -> dict[str, float]:
     """Wall time and peak memory of one `detgpt detect` in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "detgpt.cli", "detect", str(PICTURE), WISH, "-o", f"{folder}/out.png"]
+        command = [
+            sys.executable,
+            "-m",
+            "detgpt.cli",
+            "detect",
+            str(PICTURE),
+            WISH,
+            "-o",
+            f"{folder}/out.png",
+        ]
         start = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         seconds = time.perf_counter() - start

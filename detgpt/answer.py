@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -57,9 +57,7 @@ def format_answer(reasoning: str, names: Iterable[str]) -> str:
     cleaned = _distinct((_clean(name), name) for name in names)
     for name, original in cleaned:
         if not _is_usable(name):
-            raise InputError(
-                f"{original!r} cannot be a target name: use words of 1 to {MAX_NAME_LENGTH} characters"
-            )
+            raise InputError(f"{original!r} cannot be a target name: use words of 1 to {MAX_NAME_LENGTH} characters")
     if len(cleaned) > MAX_NAMES:
         raise InputError(f"{len(cleaned)} target names are too many: give at most {MAX_NAMES}")
     line = "Targets: " + json.dumps([name for name, _ in cleaned], ensure_ascii=False)
@@ -80,6 +78,16 @@ class ParsedAnswer:
     spans: tuple[tuple[int, int], ...]
     reasoning: str
     problem: str | None = None
+
+    @classmethod
+    def of_names(cls, names: Sequence[str]) -> ParsedAnswer:
+        """Names that the user gave, each once and in order, as if a reasoner had. Raises `InputError` for none."""
+        if isinstance(names, str):
+            raise InputError(f"names={names!r} is one string: give a list of names, such as [{names!r}]")
+        once = tuple(dict.fromkeys(name.strip() for name in names))
+        if not once or not all(once):
+            raise InputError(f"names={list(names)!r} holds no name or an empty one: give at least one word for each")
+        return cls(once, ((0, 0),) * len(once), reasoning="")
 
 
 def parse_answer(text: str) -> ParsedAnswer:
@@ -125,9 +133,7 @@ def name_confidence(raw: RawAnswer, span: tuple[int, int]) -> float | None:
 # --- where the answer is ---
 
 # Every pattern has bounded or disjoint repetitions: no text makes them backtrack.
-_HEAD = re.compile(
-    r"(?<!\w)targets?(?: objects?)?[*_`\"'”’ \t]{0,8}[:：](?:[*_ \t]|`(?!``)){0,8}", re.IGNORECASE
-)
+_HEAD = re.compile(r"(?<!\w)targets?(?: objects?)?[*_`\"'”’ \t]{0,8}[:：](?:[*_ \t]|`(?!``)){0,8}", re.IGNORECASE)
 _SENTENCE = re.compile(
     r"(?:(?:therefore|thus|hence|so)[,，]?[ \t]{1,4})?(?:the[ \t]{1,4})?(?:final[ \t]{1,4})?"
     r"(?<!\w)answers?[ \t]{1,4}(?:is|are)[ \t]{0,4}(?:[:：][*_` \t]{0,8}|(?=[\[【［]))",
@@ -215,8 +221,7 @@ _BULLET = re.compile(r"[ \t]{0,16}(?:[-*•–+]|\d{1,3}[.)、])[ \t]{1,8}")
 _BULLET_END = re.compile(r"[:：,，;；(（\n]|[ \t][-–—][ \t]")
 _BEHIND_QUOTE = rf"[ \t*]{{0,8}}(?:[{re.escape(_SEPARATORS + _CLOSING)}:：.\n]|$)"
 _QUOTE_END = {  # an escaped character, the end of the line, or a closing quote at a value's end
-    opening: re.compile(rf"\\.|\n|[{closing}](?={_BEHIND_QUOTE})")
-    for opening, closing in _CLOSING_QUOTES.items()
+    opening: re.compile(rf"\\.|\n|[{closing}](?={_BEHIND_QUOTE})") for opening, closing in _CLOSING_QUOTES.items()
 }
 _COLON = re.compile(r"\s{0,8}[:：]")
 _BARE_END = re.compile(rf"[{re.escape(_SEPARATORS + _OPENING + _CLOSING)}\n]")

@@ -44,9 +44,7 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", "
 PICTO_NOTE = "picto knows pictograms only; for photographs add --model base"
 
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
-EXITS = (
-    "Exit status: 0 answered, also where nothing fits; 1 an error, of any image; 2 wrong usage; 130 stopped."
-)
+EXITS = "Exit status: 0 answered, if only that nothing fits; 1 an error; 2 wrong usage; 130 interrupted."
 app = typer.Typer(
     help="Detect what you need by saying why you need it.",
     epilog=EXITS,
@@ -178,22 +176,14 @@ def detect(
     ],
     names: Annotated[
         str | None,
-        typer.Option(
-            help="Look for these things without reasoning: cup,bottle. All arguments are images then."
-        ),
+        typer.Option(help="Look for these things without reasoning: cup,bottle. All arguments are images then."),
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option(
-            "--output", "-o", help="Write the picture with boxes: a file, for several images a folder."
-        ),
+        typer.Option("--output", "-o", help="Write the picture with boxes: a file, for several images a folder."),
     ] = None,
-    legend: Annotated[
-        bool, typer.Option("--legend", help="Write wish and reasoning under the picture.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON, one object and line per image.")
-    ] = False,
+    legend: Annotated[bool, typer.Option("--legend", help="Write wish and reasoning under the picture.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object and line per image.")] = False,
     as_coco: Annotated[bool, typer.Option("--coco", help="Print one COCO document for all images.")] = False,
     *,
     choice: Choice,
@@ -213,28 +203,29 @@ def detect(
         raise typer.BadParameter("--json and --coco exclude each other: choose one")
     model = choice.load(settings, reasons=names is None)
     found: list[tuple[str, Detections]] = []
+    failed = False
     for source, path in zip(images, paths, strict=True):
         title = _title(source)
         try:
             with _status(f"looking at {title}", choice.debug):
                 result = model.detect(sys.stdin.buffer if source == "-" else source, **query)
+            found.append((title, replace(result, image=None)))  # thousands of pictures would fill the memory
+            if as_json:
+                _print_json({"image": title, **result.to_dict()})
+            elif not as_coco:
+                _print_result(title, result)
             if path:
                 _save(result, path, legend)
         except DetGPTError as error:
             if len(images) == 1 or choice.debug:
                 raise
-            _print_error(f"{title}: {error}")
-            continue
-        found.append((title, replace(result, image=None)))  # thousands of pictures would fill the memory
-        if as_json:
-            _print_json({"image": title, **result.to_dict()})
-        elif not as_coco:
-            _print_result(title, result)
+            failed = True
+            _print_error(str(error) if title in str(error) else f"{title}: {error}")
     if as_coco:
         _print_json(_coco(found))
     if choice.model == "picto" and choice.detector is None and not (as_json or as_coco):
         _hint(PICTO_NOTE)
-    if len(found) < len(images):
+    if failed:
         raise typer.Exit(1)
 
 
@@ -297,9 +288,7 @@ def models() -> None:
 @app.command("eval", no_args_is_help=True)
 def evaluate(
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", show_default=False)],
-    model: Annotated[
-        list[str] | None, typer.Option("--model", "-m", help="Pairs to compare; else picto.")
-    ] = None,
+    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="Pairs to compare; else picto.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many images per folder.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images that go through the models together.")] = 8,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write all numbers as JSON.")] = None,
@@ -346,8 +335,6 @@ def _images_and_query(arguments: list[str], names: str | None) -> tuple[list[str
         wanted = [name.strip() for name in names.split(",") if name.strip()]
         with _usage():
             ParsedAnswer.of_names(wanted)
-        if not wanted:
-            raise typer.BadParameter("no name is given: write them as --names cup,bottle")
         query = {"names": wanted}
     if images.count("-") > 1:
         raise typer.BadParameter("- is given twice, but standard input can be read only once")
@@ -436,19 +423,19 @@ def _print_boxes(result: Detections) -> None:
     names = [target.name for target in result.targets]
     colours = dict(zip(names, target_colours(len(names)), strict=True))
     confidences = {target.name: target.confidence for target in result.targets}
+    sure = None not in confidences.values()  # a reasoner without token probabilities has no confidence at all
     if result.problem:
         out.print(_plain(f"warning: {result.problem}", "yellow"), soft_wrap=True)
     elif not names:
         out.print("Nothing here fits.")
     if len(result):
         table = Table("target", box=None, pad_edge=False, header_style="dim")
-        for heading in ("score", "confidence", "x0", "y0", "x1", "y1"):
+        for heading in ("score", *["confidence"] * sure, "x0", "y0", "x1", "y1"):
             table.add_column(heading, justify="right", no_wrap=True)
         for box, score, label in result:
-            confidence = confidences[label]
+            numbers = [score, confidences[label]] if sure else [score]
             target = Text.assemble(("● ", colours[label]), _plain(label))
-            sureness = "" if confidence is None else f"{confidence:.2f}"
-            table.add_row(target, f"{score:.2f}", sureness, *(f"{edge:.0f}" for edge in box))
+            table.add_row(target, *(f"{number:.2f}" for number in numbers), *(f"{edge:.0f}" for edge in box))
         out.print(table)
     if missed := [target.name for target in result.targets if not target.found]:
         out.print(_plain(f"not found in the picture: {', '.join(missed)}"), soft_wrap=not out.is_terminal)

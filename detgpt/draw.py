@@ -10,17 +10,16 @@ by a whole factor, so that its labels stay readable. Masks and other overlays ar
 from __future__ import annotations
 
 import colorsys
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, takewhile
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from detgpt.errors import InputError
+from detgpt.typeface import Face, legible
 
 # Any two differ clearly to normal eyes, and under simulated protanopia, deuteranopia and tritanopia.
 PALETTE = ("#2FBDFA", "#F0702A", "#E2F27A", "#9F5FC8", "#1CAA78", "#FF86C2", "#EBB52E", "#86F5F4")
@@ -29,26 +28,6 @@ HALO_ALPHA = 90
 MOST_LISTED = 24  # targets in a legend; past that, only those found
 LONGEST_ENLARGED = 4096  # pixels; a long thin strip is not enlarged beyond this
 SMOOTH = 4  # supersampling of round corners, which Pillow draws jagged
-
-# Punctuation that Pillow's own font lacks and reasoning is full of.
-PLAIN = str.maketrans("\u2010\u2011\u2012\u2013\u2014\u2212\u2022", "------\u00b7")
-
-# Searched for letters that Pillow's own font lacks; Noto and DejaVu on Linux, the rest on macOS and Windows.
-SYSTEM_FONTS = (
-    "DejaVuSans.ttf",
-    "NotoSans-Regular.ttf",
-    "NotoSansCJK-Regular.ttc",
-    "NotoSansArabic-Regular.ttf",
-    "NotoSansDevanagari-Regular.ttf",
-    "wqy-microhei.ttc",
-    "Arial Unicode.ttf",
-    "PingFang.ttc",
-    "Hiragino Sans GB.ttc",
-    "segoeui.ttf",
-    "msyh.ttc",
-    "YuGothR.ttc",
-    "malgun.ttf",
-)
 
 
 class Rect(NamedTuple):
@@ -64,9 +43,7 @@ class Rect(NamedTuple):
         return max(0, self.x1 - self.x0) * max(0, self.y1 - self.y0)
 
     def overlap(self, other: Rect) -> int:
-        return Rect(
-            max(self.x0, other.x0), max(self.y0, other.y0), min(self.x1, other.x1), min(self.y1, other.y1)
-        ).area
+        return Rect(max(self.x0, other.x0), max(self.y0, other.y0), min(self.x1, other.x1), min(self.y1, other.y1)).area
 
 
 def draw(
@@ -140,9 +117,7 @@ def _checked(
         raise InputError(f"boxes must be finite xyxy numbers of shape (N, 4), got shape {corners.shape}")
     if len(labels) != len(corners) or (scores is not None and len(scores) != len(corners)):
         given = "no" if scores is None else len(scores)
-        raise InputError(
-            f"{len(corners)} boxes need as many labels and scores, got {len(labels)} and {given}"
-        )
+        raise InputError(f"{len(corners)} boxes need as many labels and scores, got {len(labels)} and {given}")
     return corners
 
 
@@ -258,11 +233,11 @@ def _draw_tags(
     if canvas.height < height or canvas.width < 2 * height:
         return  # too thin for text; the colours still tell the targets apart
     names = list(colours)
-    tags: list[tuple[Rect, str, _Face, str]] = []
+    tags: list[tuple[Rect, str, Face, str]] = []
     order = range(len(rects)) if scores is None else np.argsort(-np.asarray(scores), kind="stable").tolist()
     for index in order:  # the surest boxes choose their places first
         label = labels[index]
-        name, face = _legible(label, look.text, look.font, instead=f"#{names.index(label) + 1}")
+        name, face = legible(label, look.text, look.font, instead=f"#{names.index(label) + 1}")
         score = "" if scores is None else f"{scores[index]:.2f}"
         room = canvas.width - 2 * look.pad
         name = face.fit(name, room - face.width(f"  {score}") if score else room)
@@ -276,9 +251,7 @@ def _draw_tags(
         face.write(canvas, rect.x0 + look.pad, rect.y0 + height // 2, text, ink_on(colour))
 
 
-def _place(
-    tag: tuple[int, int], box: Rect, placed: Sequence[Rect], size: tuple[int, int], look: _Look
-) -> Rect:
+def _place(tag: tuple[int, int], box: Rect, placed: Sequence[Rect], size: tuple[int, int], look: _Look) -> Rect:
     """The first place that covers no other tag; where all do, the one that covers least."""
     width, height = tag
     options = []
@@ -324,111 +297,6 @@ def _pill(size: tuple[int, int], radius: int) -> Image.Image:
     return large.resize(size, Image.Resampling.BOX)
 
 
-# --- text ---
-
-
-@dataclass(frozen=True)
-class _Face:
-    """A font at a size, which measures, shortens, breaks and writes one line of text."""
-
-    font: ImageFont.FreeTypeFont
-
-    def width(self, text: str) -> int:
-        return -int(-self.font.getlength(text) // 1)
-
-    def fit(self, text: str, room: int) -> str:
-        """The text, cut with an ellipsis where it is wider than `room` pixels."""
-        if self._fitting(text, room) == len(text):
-            return text
-        return text[: self._fitting(text, room - self.width("…"))].rstrip() + "…"
-
-    def wrap(self, text: str, room: int, most: int) -> list[str]:
-        """Lines of at most `room` pixels, `most` of them, broken between words where there are any."""
-        lines = [""]
-        for word in text[: room * most].split():  # a letter is a pixel wide at least
-            joined = f"{lines[-1]} {word}".lstrip()
-            if self.width(joined) <= room:
-                lines[-1] = joined
-                continue
-            lines += [word] if lines[-1] else []
-            lines[-1] = word
-            while (cut := max(1, self._fitting(lines[-1], room))) < len(lines[-1]):
-                lines[-1:] = [lines[-1][:cut], lines[-1][cut:]]
-            if len(lines) > most:
-                return [*lines[: most - 1], self.fit(f"{lines[most - 1]} …", room)]
-        return lines if lines[0] else []
-
-    def write(self, canvas: Image.Image, x: int, middle: int, text: str, colour: str) -> None:
-        """Write with capitals centred on the row `middle`: the eye centres on them, not on descenders."""
-        cap_height = -self.font.getbbox("H", anchor="ls")[1]
-        baseline = middle + round(cap_height / 2)
-        ImageDraw.Draw(canvas).text((x, baseline), text, fill=colour, font=self.font, anchor="ls")
-
-    def _fitting(self, text: str, room: int) -> int:
-        """How many leading characters fit into `room`, one by one: measuring whole texts again is slow."""
-        ends = accumulate(_advance(self.font, char) for char in text)
-        return sum(1 for _ in takewhile(lambda end: end <= room, ends))
-
-
-@lru_cache(maxsize=8192)
-def _advance(font: ImageFont.FreeTypeFont, char: str) -> float:
-    return font.getlength(char)
-
-
-def _legible(text: str, size: int, font: str | None, instead: str = "") -> tuple[str, _Face]:
-    """The text as it can be written, and the font that writes most of it.
-
-    Letters that no font here has lose their accents or become "?"; where nothing is left, `instead` stands.
-    """
-    text = unicodedata.normalize("NFC", text).translate(PLAIN)
-    # Control and format characters and lone surrogates have no picture, and some stop the font engine.
-    text = "".join(char for char in text if char.isspace() or unicodedata.category(char)[0] != "C")
-    text = " ".join(text.split())
-    best = font
-    if not all(_has(font, char) for char in text):
-        best = max((font, *_system_fonts()), key=lambda name: sum(_has(name, char) for char in text))
-    written = "".join(_nearest(best, char) for char in text)
-    if text and not written.strip("? ") and text != written:
-        written, best = instead, font
-    return written, _Face(_load(best, size))
-
-
-def _nearest(font: str | None, char: str) -> str:
-    plain = unicodedata.normalize("NFKD", char)[0]
-    return next((letter for letter in (char, plain) if _has(font, letter)), "?")
-
-
-@lru_cache(maxsize=8192)
-def _has(font: str | None, char: str) -> bool:
-    """Whether the font draws this letter as anything but its sign for missing ones."""
-    if char.isspace():
-        return True
-    face = _load(font, 16)
-    drawn, missing = face.getmask(char), face.getmask("\U0010ffff")
-    return drawn.size != missing.size or bytes(drawn) != bytes(missing)
-
-
-@lru_cache(maxsize=64)
-def _load(font: str | None, size: int) -> ImageFont.FreeTypeFont:
-    if font is not None:
-        return ImageFont.truetype(font, size)
-    bundled = ImageFont.load_default(size)
-    if not isinstance(bundled, ImageFont.FreeTypeFont):
-        raise InputError("this Pillow was built without FreeType: pip install --force-reinstall pillow")
-    return bundled
-
-
-@lru_cache(maxsize=1)
-def _system_fonts() -> tuple[str, ...]:
-    found = []
-    for name in SYSTEM_FONTS:
-        try:
-            found.append(str(ImageFont.truetype(name, 16).path))
-        except OSError:
-            continue  # not installed
-    return tuple(found)
-
-
 # --- legend ---
 
 
@@ -441,9 +309,7 @@ class _Entry:
     tally: str
 
     @classmethod
-    def of(
-        cls, name: str, colour: str, labels: Sequence[str], scores: Sequence[float] | np.ndarray | None
-    ) -> _Entry:
+    def of(cls, name: str, colour: str, labels: Sequence[str], scores: Sequence[float] | np.ndarray | None) -> _Entry:
         mine = [index for index, label in enumerate(labels) if label == name]
         if not mine:
             return cls(name, colour, "not found")
@@ -477,7 +343,7 @@ def _with_legend(
 
 
 def _text_block(text: str, size: int, colour: str, room: int, most: int, look: _Look) -> Image.Image | None:
-    text, face = _legible(text, size, look.font)
+    text, face = legible(text, size, look.font)
     lines = face.wrap(text, room, most)
     if not lines:
         return None
@@ -495,7 +361,7 @@ def _chip_block(entries: Sequence[_Entry], room: int, look: _Look) -> Image.Imag
     dot, gap, step = round(look.text * 0.8), round(look.text * 0.5), round(look.text * 1.7)
     block, x, middle = Image.new("RGB", (room, step * len(entries)), PANEL), 0, step // 2
     for number, entry in enumerate(entries, start=1):
-        name, face = _legible(entry.name, look.text, look.font, instead=f"#{number}")
+        name, face = legible(entry.name, look.text, look.font, instead=f"#{number}")
         tally_width = face.width(entry.tally)
         name = face.fit(name, room - dot - 2 * gap - tally_width)
         width = dot + gap + face.width(name) + gap + tally_width

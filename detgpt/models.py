@@ -79,7 +79,10 @@ def resolve(model: str | Path) -> ModelPair:
         )
     try:
         described = json.loads(file.read_text(encoding="utf-8"))
-        parts = {**described, **{part: _local_or_hub(pair, described[part]) for part in ("reasoner", "detector")}}
+        parts = {
+            **described,
+            **{part: _local_or_hub(pair, described[part]) for part in ("reasoner", "detector")},
+        }
         return ModelPair(**parts)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ModelError(
@@ -108,7 +111,6 @@ def load_detector(detector: str | Path | Detector, **loading: Any) -> Detector:
     from detgpt.detectors.grounding_dino import GroundingDinoDetector
 
     return GroundingDinoDetector(detector, **loading)
-
 
 
 def _with_verb(part: Any, kind: str, verb: str) -> Any:

@@ -94,7 +94,12 @@ class DetGPT:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path = "picto", *, device: str | None = None, dtype: str | None = None, **loading: Any
+        cls,
+        model: str | Path = "picto",
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        **loading: Any,
     ) -> DetGPT:
         """Load a pair by name (`detgpt models` lists them) or from a folder that holds `detgpt.json`.
 
@@ -125,7 +130,7 @@ class DetGPT:
         if names is not None:
             if instruction is not None:
                 raise InputError("both an instruction and names were given: give one of the two")
-            asked = _as_answer(names)
+            asked = ParsedAnswer.of_names(names)
             return self._ground([picture], [None], [asked], [RawAnswer("")], self.options.updated(options))[0]
         if instruction is None:
             raise InputError("nothing to look for: give an instruction, or names=[…] to detect without reasoning")
@@ -232,16 +237,6 @@ def _tidy(grounding: Grounding, options: Options) -> Grounding:
     """Each thing once: per target, and (unless boxes may be shared) across targets."""
     grounding = nms_per_target(grounding, options.nms_threshold)
     return grounding if options.share_boxes else one_target_per_box(grounding, SAME_THING)
-
-
-def _as_answer(names: Sequence[str]) -> ParsedAnswer:
-    """Names that the user gave, as if a reasoner had: each once, in order."""
-    if isinstance(names, str):
-        raise InputError(f"names={names!r} is one string: give a list of names, such as [{names!r}]")
-    once = tuple(dict.fromkeys(name.strip() for name in names))
-    if not once or not all(once):
-        raise InputError(f"names={list(names)!r} holds no name or an empty one: give at least one word for each")
-    return ParsedAnswer(once, ((0, 0),) * len(once), reasoning="")
 
 
 def _result(

@@ -82,9 +82,7 @@ class Detections:
     def _check(self) -> None:
         counts = len(self.boxes), len(self.scores), len(self.labels)
         if len(set(counts)) > 1:
-            raise InputError(
-                "boxes, scores and labels must be equally many, got {}, {} and {}".format(*counts)
-            )
+            raise InputError("boxes, scores and labels must be equally many, got {}, {} and {}".format(*counts))
         if (self.boxes[:, 2:] < self.boxes[:, :2]).any():
             raise InputError("boxes must be xyxy with x0 <= x1 and y0 <= y1; convert xywh boxes first")
         if ((self.scores < 0) | (self.scores > 1)).any():
@@ -197,9 +195,7 @@ class Detections:
         return {
             "instruction": self.instruction,
             "reasoning": self.reasoning,
-            "targets": [
-                {**asdict(target), "confidence": _rounded(target.confidence)} for target in self.targets
-            ],
+            "targets": [{**asdict(target), "confidence": _rounded(target.confidence)} for target in self.targets],
             "detections": [
                 {
                     "label": label,

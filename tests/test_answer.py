@@ -159,9 +159,9 @@ def test_names_keep_the_order_of_first_mention() -> None:
 
 
 def test_the_last_answer_line_counts() -> None:
-    assert parse_answer(
-        'I would write Targets: ["knife"].\nTargets: ["fork"]\nNo, wait.\nTargets: ["cup"]'
-    ).names == ("cup",)
+    assert parse_answer('I would write Targets: ["knife"].\nTargets: ["fork"]\nNo, wait.\nTargets: ["cup"]').names == (
+        "cup",
+    )
     assert parse_answer('Targets: ["cup"]\nTherefore the answer is: [knife]').names == ("cup",)
 
 
@@ -202,9 +202,7 @@ def test_the_prompt_holds_the_instruction_and_the_form_that_the_parser_reads() -
     prompt = format_instruction("  I want a cold drink ")
     assert prompt.startswith("I want a cold drink\n")
     for asked in (prompt, RETRY_INSTRUCTION):
-        assert (
-            parse_answer(asked).names == () and parse_answer(asked).problem is None
-        )  # the last form shown: []
+        assert parse_answer(asked).names == () and parse_answer(asked).problem is None  # the last form shown: []
         assert parse_answer(asked.replace("Targets: []", "")).names == CUP_AND_BOTTLE
 
 
@@ -232,9 +230,7 @@ def test_what_is_written_is_read_back(reasoning: str, names: list[str]) -> None:
     assert once.problem is None
     assert once.reasoning == _without_fences(reasoning.replace("think>", ""))
     assert parse_answer(format_answer("", once.names)).names == once.names
-    assert len(once.names) == len(
-        {parse_answer(format_answer("", [name])).names[0].casefold() for name in written}
-    )
+    assert len(once.names) == len({parse_answer(format_answer("", [name])).names[0].casefold() for name in written})
 
 
 def format_or_nothing(name: str) -> str:
@@ -269,9 +265,7 @@ FRAGMENTS = st.sampled_from(GRAMMAR)
 
 
 @settings(max_examples=400, deadline=None)
-@given(
-    st.one_of(st.text(), st.lists(FRAGMENTS, max_size=40).map("".join), st.text().map("Targets: ".__add__))
-)
+@given(st.one_of(st.text(), st.lists(FRAGMENTS, max_size=40).map("".join), st.text().map("Targets: ".__add__)))
 def test_any_text_is_read_and_its_spans_hold_its_names(text: str) -> None:
     parsed = parse_answer(text)
     assert len(parsed.names) == len(parsed.spans) == len({name.casefold() for name in parsed.names})
@@ -300,9 +294,7 @@ HOSTILE_UNITS = [
 
 
 @pytest.mark.parametrize("unit", HOSTILE_UNITS)
-@pytest.mark.parametrize(
-    "prefix", ["", "Targets: ", "Targets: [", "Targets: [{", "Targets:\n- a\n", 'Targets: ["']
-)
+@pytest.mark.parametrize("prefix", ["", "Targets: ", "Targets: [", "Targets: [{", "Targets:\n- a\n", 'Targets: ["'])
 def test_hostile_text_takes_linear_time(prefix: str, unit: str) -> None:
     text = prefix + unit * (60_000 // len(unit))
     started = time.process_time()  # not the clock: a busy machine is no reason to fail

@@ -91,9 +91,7 @@ def test_a_suppressed_box_suppresses_no_other():
 
 
 def test_two_targets_do_not_share_a_box():
-    shared = grounding(
-        ([0, 0, 10, 10], 0.5, CUP), ([0, 0, 10, 10.2], 0.8, BOTTLE), ([0, 0, 10, 10.1], 0.7, BOTTLE)
-    )
+    shared = grounding(([0, 0, 10, 10], 0.5, CUP), ([0, 0, 10, 10.2], 0.8, BOTTLE), ([0, 0, 10, 10.1], 0.7, BOTTLE))
     # The cup goes to the better bottle; the two bottles are not this function's business.
     assert one_target_per_box(shared).name_index.tolist() == [BOTTLE, BOTTLE]
 

@@ -233,9 +233,7 @@ def test_colour_modes(mode: str) -> None:
     assert_same(load_image(source), source.convert("RGB"))
 
 
-@pytest.mark.parametrize(
-    "format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "MPO", "AVIF"]
-)
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "MPO", "AVIF"])
 def test_file_formats(format: str) -> None:
     assert_alike(load_image(encoded(quadrants(), format)), quadrants())
 
@@ -574,9 +572,7 @@ def test_too_large_a_download_stops_early(site: Site) -> None:
             fetch(site.url(path), max_bytes=1_000_000)
 
 
-@pytest.mark.parametrize(
-    "drip", [b"HTTP/1.1 200 OK\r\nX-Slow: ", b"HTTP/1.1 200 OK\r\n\r\n"], ids=["head", "body"]
-)
+@pytest.mark.parametrize("drip", [b"HTTP/1.1 200 OK\r\nX-Slow: ", b"HTTP/1.1 200 OK\r\n\r\n"], ids=["head", "body"])
 def test_a_slow_drip_meets_the_time_limit(site: Site, drip: bytes) -> None:
     def slow(handler: BaseHTTPRequestHandler) -> None:
         handler.wfile.write(drip)
@@ -701,9 +697,7 @@ def test_the_address_that_was_checked_is_the_one_connected_to(
     assert public_site.requests[0][1]["Host"] == "pictures.example"
 
 
-@pytest.mark.parametrize(
-    "target", ["http://127.0.0.1/latest", "http://[::1]/", "http://169.254.169.254/latest"]
-)
+@pytest.mark.parametrize("target", ["http://127.0.0.1/latest", "http://[::1]/", "http://169.254.169.254/latest"])
 def test_a_redirect_to_a_private_address_is_refused(
     public_site: Site, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
@@ -734,9 +728,7 @@ def test_https_checks_the_certificate_against_the_name(
         pytest.skip("needs the openssl command to make a certificate")
     make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=localhost"
     name = ["-addext", "subjectAltName=DNS:localhost"]
-    subprocess.run(
-        [*make.split(), *name, "-keyout", key, "-out", certificate], check=True, capture_output=True
-    )
+    subprocess.run([*make.split(), *name, "-keyout", key, "-out", certificate], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     asked: list[str | None] = []

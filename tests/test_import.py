@@ -9,7 +9,18 @@ import pytest
 
 import detgpt
 
-HEAVY = "torch torchvision transformers huggingface_hub gradio openai cv2 pandas supervision ray".split()
+HEAVY = [
+    "torch",
+    "torchvision",
+    "transformers",
+    "huggingface_hub",
+    "gradio",
+    "openai",
+    "cv2",
+    "pandas",
+    "supervision",
+    "ray",
+]
 
 
 @pytest.mark.parametrize(
@@ -24,9 +35,7 @@ HEAVY = "torch torchvision transformers huggingface_hub gradio openai cv2 pandas
 )
 def test_nothing_heavy_is_imported(code: str) -> None:
     report = f"import atexit, sys; atexit.register(lambda: print(*set(sys.modules) & set({HEAVY}), file=sys.stderr))"
-    ran = subprocess.run(
-        [sys.executable, "-c", f"{report}\n{code}"], capture_output=True, text=True, timeout=60
-    )
+    ran = subprocess.run([sys.executable, "-c", f"{report}\n{code}"], capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stderr
     assert ran.stderr.split() == []
 

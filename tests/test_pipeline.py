@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import detgpt
-from detgpt import DetGPT, Detections, InputError, ModelError, Options
+from detgpt import Detections, DetGPT, InputError, ModelError, Options
 from detgpt.answer import RETRY_INSTRUCTION
 from detgpt.models import PAIRS, resolve
 from detgpt.reasoners import Request
@@ -34,7 +34,11 @@ def test_the_result_holds_everything_a_caller_needs(detector):
     assert result.boxes.dtype == np.float32
     assert result.boxes.shape == (len(result.scores), 4)
     assert set(result.labels) == {"coffee", "soda"}
-    assert [(t.name, t.found) for t in result.targets] == [("coffee", True), ("soda", True), ("umbrella", False)]
+    assert [(t.name, t.found) for t in result.targets] == [
+        ("coffee", True),
+        ("soda", True),
+        ("umbrella", False),
+    ]
     assert result.reasoning == "I see coffee and soda. Both can be drunk."
     assert result.answer == text
     assert result.instruction == "I am thirsty"
@@ -144,9 +148,7 @@ def test_a_model_may_be_called_from_several_threads():
     model = DetGPT.from_pretrained("picto")
     expected = model.detect(KITCHEN, "I am thirsty")
     results: list[Detections] = []
-    threads = [
-        threading.Thread(target=lambda: results.append(model.detect(KITCHEN, "I am thirsty"))) for _ in range(4)
-    ]
+    threads = [threading.Thread(target=lambda: results.append(model.detect(KITCHEN, "I am thirsty"))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -177,7 +179,7 @@ def test_wrong_arguments_raise_and_say_what_to_do(detector, arguments, says):
 
 
 def test_an_unknown_model_names_the_known_ones():
-    with pytest.raises(ModelError, match="'tiny'.*picto.*base"):
+    with pytest.raises(ModelError, match=r"'tiny'.*picto.*base"):
         DetGPT.from_pretrained("tiny")
 
 

@@ -111,9 +111,7 @@ def tiny_model(processor: Any) -> Any:
         num_attention_heads=4,
     )
     image_token = tokenizer.convert_tokens_to_ids("<image>")
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=image_token, detgpt_prompt="bare"
-    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_token, detgpt_prompt="bare")
     model = LlavaForConditionalGeneration(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -231,13 +229,9 @@ def test_the_bytes_of_one_letter_share_its_span(reasoner: HuggingFaceReasoner) -
     parsed = parse_answer(answer.text)
     assert parsed.names == ("tasse ☕",)
     cup = answer.text.rindex("☕")
-    assert [(token.start, token.end) for token in answer.tokens if token.end == cup + 1] == [
-        (cup, cup + 1)
-    ] * 3
+    assert [(token.start, token.end) for token in answer.tokens if token.end == cup + 1] == [(cup, cup + 1)] * 3
     confidence = name_confidence(answer, parsed.spans[0])
-    overlapping = [
-        token.logprob for token in answer.tokens if token.end > parsed.spans[0][0] and token.start <= cup
-    ]
+    overlapping = [token.logprob for token in answer.tokens if token.end > parsed.spans[0][0] and token.start <= cup]
     assert confidence == pytest.approx(math.exp(sum(overlapping))) and 0.3 < confidence <= 1
 
 
@@ -251,9 +245,7 @@ def test_the_probabilities_are_those_of_the_model(reasoner: HuggingFaceReasoner)
     everything = torch.cat([inputs["input_ids"], written], dim=1)
     with torch.inference_mode():
         logits = reasoner._model(input_ids=everything, pixel_values=inputs["pixel_values"]).logits
-    logprobs = logits.log_softmax(-1)[0, inputs["input_ids"].shape[1] - 1 : -1].gather(
-        1, written[0][:, None]
-    )[:, 0]
+    logprobs = logits.log_softmax(-1)[0, inputs["input_ids"].shape[1] - 1 : -1].gather(1, written[0][:, None])[:, 0]
     assert [token.logprob for token in answer.tokens] == pytest.approx(logprobs.tolist(), abs=1e-4)
 
 
@@ -312,9 +304,7 @@ def test_history_becomes_a_conversation_with_the_image_first(reasoner: HuggingFa
 
 
 def test_a_general_model_is_told_the_three_steps_once(folder: Path, tmp_path: Path) -> None:
-    general = HuggingFaceReasoner(
-        edit_config(folder, tmp_path / "general", detgpt_prompt="full"), device="cpu"
-    )
+    general = HuggingFaceReasoner(edit_config(folder, tmp_path / "general", detgpt_prompt="full"), device="cpu")
     assert prompt_of(general, ask("drink")) == f"<user><image>{format_instruction('drink')}<end><assistant>"
     chat = prompt_of(general, ask("the cold one", Turn("drink", "A cup.")))
     assert chat.endswith("A cup.<end><user>the cold one<end><assistant>")
@@ -328,9 +318,7 @@ def test_an_instruction_cannot_write_the_templates_own_tokens(reasoner: HuggingF
 def test_a_thought_opened_by_the_template_does_not_end_the_answer(folder: Path, tmp_path: Path) -> None:
     thinking = edit_config(folder, tmp_path / "thinking")
     template = thinking / "chat_template.jinja"
-    template.write_text(
-        template.read_text().replace("<assistant>{% endif %}", "<assistant><think>{% endif %}")
-    )
+    template.write_text(template.read_text().replace("<assistant>{% endif %}", "<assistant><think>{% endif %}"))
     patient = HuggingFaceReasoner(thinking, device="cpu")
     assert patient._opens_thought(patient._encode([ask("drink")])["input_ids"][0])
     tokenizer = patient._processor.tokenizer
@@ -425,9 +413,7 @@ def test_a_checkpoint_without_its_projector_is_refused(folder: Path, tmp_path: P
 class ChatServer(ThreadingHTTPServer):
     """Speaks the chat-completions JSON: answers with `pieces`, a token each; keeps what it was asked."""
 
-    def __init__(
-        self, pieces: list[bytes], *, logprobs: bool = True, finish: str = "stop", status: int = 200
-    ) -> None:
+    def __init__(self, pieces: list[bytes], *, logprobs: bool = True, finish: str = "stop", status: int = 200) -> None:
         super().__init__(("127.0.0.1", 0), ChatHandler)
         self.pieces, self.logprobs, self.finish, self.status = pieces, logprobs, finish, status
         self.asked: list[dict[str, Any]] = []
@@ -515,9 +501,7 @@ def test_a_server_answers_with_text_and_token_probabilities(serve: Any) -> None:
     answers = OpenAIReasoner(server.url, "vlm").reason([ask("drink"), ask("read")], max_new_tokens=99)
     assert [answer.text for answer in answers] == [TEXT] * 2
     assert answers[0].tokens[:3] == (TokenSpan(0, 6, -0.5), TokenSpan(6, 8, -0.5), TokenSpan(7, 9, -0.5))
-    assert name_confidence(answers[0], parse_answer(answers[0].text).spans[0]) == pytest.approx(
-        math.exp(-0.5)
-    )
+    assert name_confidence(answers[0], parse_answer(answers[0].text).spans[0]) == pytest.approx(math.exp(-0.5))
     assert answers[0].complete
     assert {asked["max_tokens"] for asked in server.asked} == {99} and server.asked[0]["model"] == "vlm"
 

@@ -115,9 +115,7 @@ def test_the_size_comes_from_the_image() -> None:
 
 
 def test_repr_is_short_and_says_what_was_found() -> None:
-    assert repr(kitchen()) == (
-        "Detections(2 'cup', 1 'bottle', 1 of 3 targets not found, image_wh=(100, 90))"
-    )
+    assert repr(kitchen()) == ("Detections(2 'cup', 1 'bottle', 1 of 3 targets not found, image_wh=(100, 90))")
     assert len(repr(nothing(problem="no list " * 500))) < 120
 
 
@@ -201,9 +199,7 @@ def test_pandas_gets_one_row_per_box() -> None:
 
 
 @pytest.mark.parametrize(("package", "method"), [("supervision", "to_supervision"), ("pandas", "to_pandas")])
-def test_a_missing_package_says_how_to_install_it(
-    package: str, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_says_how_to_install_it(package: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtraError, match=f"pip install 'detgpt\\[{package}\\]'"):
         getattr(kitchen(), method)()

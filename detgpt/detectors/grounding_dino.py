@@ -187,9 +187,7 @@ def _load(source: str, dtype: torch.dtype, revision: str | None) -> tuple[Any, A
 def _check_tokenizer(source: str, processor: Any) -> None:
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None or not tokenizer.is_fast:
-        raise ModelError(
-            f"{source} lacks a fast tokenizer, which finds the names' tokens; add tokenizer.json."
-        )
+        raise ModelError(f"{source} lacks a fast tokenizer, which finds the names' tokens; add tokenizer.json.")
     found = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_IDS}
     if found != SPECIAL_IDS:
         raise ModelError(

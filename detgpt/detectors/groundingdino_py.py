@@ -182,9 +182,7 @@ def _require_package() -> None:
         raise MissingExtraError("groundingdino-py", "groundingdino") from error
     except ImportError as error:
         # OpenCV is there, but a shared library that it links is not: common on servers and in containers.
-        remedy = (
-            " Install it on Debian or Ubuntu with: apt-get install libgl1" if "libGL" in str(error) else ""
-        )
+        remedy = " Install it on Debian or Ubuntu with: apt-get install libgl1" if "libGL" in str(error) else ""
         raise ModelError(f"groundingdino-py is installed but cannot be imported: {error}.{remedy}") from error
 
 

@@ -54,9 +54,7 @@ def check_query(
 ) -> None:
     """Raise `InputError` for arguments that no prompt can be made from."""
     if len(images) != len(names):
-        raise InputError(
-            f"Got {len(images)} images but {len(names)} lists of names; each image needs its own."
-        )
+        raise InputError(f"Got {len(images)} images but {len(names)} lists of names; each image needs its own.")
     for argument, value in (("box_threshold", box_threshold), ("text_threshold", text_threshold)):
         if not 0 <= value <= 1:
             raise InputError(f"{argument} must lie in [0, 1], got {value!r}.")
@@ -175,9 +173,7 @@ def _join(phrases: Sequence[str], group: Sequence[int]) -> Prompt:
     return Prompt(text, tuple(group), tuple(spans))
 
 
-def _same_size(
-    images: Sequence[Image.Image], prompts: Sequence[Sequence[Prompt]], limit: int
-) -> Iterator[list[int]]:
+def _same_size(images: Sequence[Image.Image], prompts: Sequence[Sequence[Prompt]], limit: int) -> Iterator[list[int]]:
     by_size: dict[tuple[int, int], list[int]] = {}
     for index, image in enumerate(images):
         if prompts[index]:

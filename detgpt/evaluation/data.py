@@ -58,9 +58,7 @@ def read_records(folder: str | Path, limit: int | None = None) -> list[Record]:
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot read {file} ({error}): an evaluation folder holds {DATA_FILE} in UTF-8"
-        ) from error
+        raise InputError(f"cannot read {file} ({error}): an evaluation folder holds {DATA_FILE} in UTF-8") from error
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()][:limit]
     if not numbered:
         raise InputError(f"{file} holds no record: write one JSON object a line")
@@ -100,23 +98,17 @@ def _record(line: str, folder: Path, where: str) -> Record:
     if not image.is_file():
         raise InputError(f"{where}: there is no image {image}")
     names = {key: tuple(row[key]) for key in ("targets", "labels", "present")}
-    return Record(
-        image=image, instruction=row["instruction"], boxes=_array(row["boxes"]), kind=row["kind"], **names
-    )
+    return Record(image=image, instruction=row["instruction"], boxes=_array(row["boxes"]), kind=row["kind"], **names)
 
 
 def _check_agreement(row: dict[str, Any], where: str) -> None:
     if len(row["boxes"]) != len(row["labels"]):
-        raise InputError(
-            f"{where}: {len(row['boxes'])} boxes but {len(row['labels'])} labels; give each box one"
-        )
+        raise InputError(f"{where}: {len(row['boxes'])} boxes but {len(row['labels'])} labels; give each box one")
     if set(row["labels"]) != set(row["targets"]):
         odd = sorted(set(row["labels"]) ^ set(row["targets"]))
         raise InputError(f"{where}: every target needs a box and every box a target's label; check {odd}")
     if absent := sorted(set(row["targets"]) - set(row["present"])):
-        raise InputError(
-            f"{where}: targets {absent} are not in 'present', the names of what the picture shows"
-        )
+        raise InputError(f"{where}: targets {absent} are not in 'present', the names of what the picture shows")
 
 
 def _are_boxes(boxes: Any) -> bool:

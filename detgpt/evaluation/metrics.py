@@ -63,17 +63,13 @@ def name_metrics(
         "precision": _share(hits, n_said),
         "recall": _share(hits, n_wanted),
         "exact": _share(sum(exact), len(exact)),
-        "rejection": _share(
-            sum(e for e, w in zip(exact, wanted, strict=True) if not w), wanted.count(frozenset())
-        ),
+        "rejection": _share(sum(e for e, w in zip(exact, wanted, strict=True) if not w), wanted.count(frozenset())),
         "hallucination": _share(sum(len(s - v) for s, v in zip(said, visible, strict=True)), n_said),
         "parse_failure": _share(read.count(False), len(read)),
     }
 
 
-def expected_calibration_error(
-    confidences: Sequence[float], correct: Sequence[bool], bins: int = 10
-) -> float | None:
+def expected_calibration_error(confidences: Sequence[float], correct: Sequence[bool], bins: int = 10) -> float | None:
     """Mean distance of confidence and accuracy over `bins` equal bins of [0, 1], weighted by their counts."""
     if not confidences:
         return None

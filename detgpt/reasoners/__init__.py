@@ -6,7 +6,7 @@ server), `scripted` (answers from a script). This module imports no model code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -70,6 +70,6 @@ class Reasoner(Protocol):
         """One answer per request, in order. Raises `InputError` (a wrong argument) or `ModelError`."""
         ...
 
-    def stream(self, request: Request, *, max_new_tokens: int = 512) -> Iterator[str]:
+    def stream(self, request: Request, *, max_new_tokens: int = 512) -> Generator[str, None, RawAnswer]:
         """A generator of text pieces that returns the `RawAnswer` (`StopIteration.value`) they add up to."""
         ...

@@ -12,7 +12,7 @@ import itertools
 import os
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ class HuggingFaceReasoner:
         _check_max_new_tokens(max_new_tokens)
         return self._generate(requests, max_new_tokens) if requests else []
 
-    def stream(self, request: Request, *, max_new_tokens: int = 512) -> Iterator[str]:
+    def stream(self, request: Request, *, max_new_tokens: int = 512) -> Generator[str, None, RawAnswer]:
         """Generator of text pieces as they come; returns the `RawAnswer`. Closing it stops the model."""
         _check_max_new_tokens(max_new_tokens)
         return self._stream(request, max_new_tokens)
@@ -141,7 +141,7 @@ class HuggingFaceReasoner:
         texts.append(request.instruction)
         if getattr(self._model.config, "detgpt_prompt", "full") != "bare":
             texts[0] = format_instruction(texts[0])
-        messages = [
+        messages: list[dict[str, Any]] = [
             {"role": role, "content": [self._text(text)]}
             for role, text in zip(itertools.cycle(["user", "assistant"]), texts, strict=False)
         ]
@@ -282,18 +282,14 @@ def _quantization_config(quantization: str | None) -> BitsAndBytesConfig | None:
         raise MissingExtraError("bitsandbytes", "quantization")
     if quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-    )
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
 def _load_processor(name: str, revision: str | None) -> Any:
     """The checkpoint's processor, after everything that can be known to be wrong without reading weights."""
     looks_local = name.startswith((".", "~", os.sep)) or name.count("/") != 1
     if looks_local and not Path(name).is_dir():
-        raise ModelError(
-            f"there is no model folder {name!r}: give a folder that exists or a hub id 'owner/model'"
-        )
+        raise ModelError(f"there is no model folder {name!r}: give a folder that exists or a hub id 'owner/model'")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ModelError(f"the folder {name!r} has no config.json: give a folder written by save_pretrained")
     try:
@@ -305,23 +301,20 @@ def _load_processor(name: str, revision: str | None) -> Any:
             )
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{name!r} cannot be loaded: {error}\nCheck the name, the files and the network."
-        ) from error
+        raise ModelError(f"{name!r} cannot be loaded: {error}\nCheck the name, the files and the network.") from error
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelError(f"{name!r} has no image processor or no tokenizer: add these files to it")
     if not processor.chat_template:
-        raise ModelError(
-            f"{name!r} has no chat template: add chat_template.jinja, or take the chat checkpoint"
-        )
+        raise ModelError(f"{name!r} has no chat template: add chat_template.jinja, or take the chat checkpoint")
     return processor
 
 
 def _load_model(name: str, revision: str | None, options: dict[str, Any]) -> Any:
     try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             name, revision=revision, trust_remote_code=False, output_loading_info=True, **options
         )
+        model, report = loaded
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the weights of {name!r} cannot be loaded: {error}") from error
     if missing := sorted(report["missing_keys"]):  # they would stay random, and the answers gibberish

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import codecs
 import io
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -65,7 +65,7 @@ class OpenAIReasoner:
         with ThreadPoolExecutor(min(self._concurrency, len(requests))) as workers:
             return list(workers.map(lambda request: self._ask(request, max_new_tokens), requests))
 
-    def stream(self, request: Request, *, max_new_tokens: int = 512) -> Iterator[str]:
+    def stream(self, request: Request, *, max_new_tokens: int = 512) -> Generator[str, None, RawAnswer]:
         """Generator of text pieces as they arrive; returns the `RawAnswer`. Closing it ends the request."""
         _check_max_new_tokens(max_new_tokens)
         return self._stream(request, max_new_tokens)
@@ -98,13 +98,14 @@ class OpenAIReasoner:
         """The completion or its stream; without token probabilities where the server refuses them."""
         with_logprobs = self._wants_logprobs
         try:
+            arguments: dict[str, Any] = {"logprobs": True} if with_logprobs else {}
             return self._client.chat.completions.create(
                 model=self.name,
                 messages=self._messages(request),
                 max_tokens=max_new_tokens,
                 temperature=0,
                 stream=stream,
-                **({"logprobs": True} if with_logprobs else {}),
+                **arguments,
             )
         except (self._errors.BadRequestError, self._errors.UnprocessableEntityError) as error:
             if not with_logprobs or "logprob" not in str(error).lower():

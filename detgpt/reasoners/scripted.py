@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 from detgpt.answer import RETRY_INSTRUCTION
 from detgpt.errors import InputError
@@ -41,7 +41,7 @@ class ScriptedReasoner:
     def reason(self, requests: Sequence[Request], *, max_new_tokens: int = 512) -> list[RawAnswer]:
         return [RawAnswer(self._answer(request)) for request in requests]
 
-    def stream(self, request: Request, *, max_new_tokens: int = 512) -> Iterator[str]:
+    def stream(self, request: Request, *, max_new_tokens: int = 512) -> Generator[str, None, RawAnswer]:
         answer = RawAnswer(self._answer(request))
         yield from re.findall(r"\s*\S+\s*$|\s*\S+|\s+", answer.text)
         return answer

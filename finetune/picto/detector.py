@@ -20,10 +20,9 @@ import numpy as np
 import torch
 import typer
 from scipy.optimize import linear_sum_assignment
-from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss, sigmoid_focal_loss
-from transformers import BertTokenizerFast, GroundingDinoConfig, GroundingDinoForObjectDetection
+from transformers import BertTokenizer, GroundingDinoConfig, GroundingDinoForObjectDetection
 
 from finetune.picto.knowledge import Knowledge, load_knowledge
 from finetune.picto.loop import Schedule, fit, parameter_groups
@@ -36,9 +35,11 @@ MAX_TEXT = 96  # tokens of a prompt
 SPECIAL_IDS = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, ".": 1012, "?": 1029}
 
 
-def make_tokenizer(knowledge: Knowledge, folder: Path) -> BertTokenizerFast:
+def make_tokenizer(knowledge: Knowledge, folder: Path) -> BertTokenizer:
     """A WordPiece vocabulary: every word of a name is one token, anything else is spelled letter by letter."""
-    words = sorted({w for c in knowledge.classes.values() for name in c.names for w in name.lower().replace("-", " ").split()})
+    words = sorted(
+        {w for c in knowledge.classes.values() for name in c.names for w in name.lower().replace("-", " ").split()}
+    )
     letters = [*string.ascii_lowercase, *string.digits, "-", "'", "&"]
     tokens = [*letters, *(f"##{c}" for c in string.ascii_lowercase + string.digits), *words]
     tokens = [t for t in dict.fromkeys(tokens) if t not in SPECIAL_IDS]
@@ -50,7 +51,9 @@ def make_tokenizer(knowledge: Knowledge, folder: Path) -> BertTokenizerFast:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "vocab.txt"
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return BertTokenizerFast(str(file), do_lower_case=True, model_max_length=MAX_TEXT)
+    tokenizer = BertTokenizer(str(file), do_lower_case=True, model_max_length=MAX_TEXT)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def detector_config(vocabulary: int) -> GroundingDinoConfig:
@@ -114,7 +117,7 @@ class Prompts:
     spans: list[list[tuple[int, int]]]
 
 
-def encode_prompts(tokenizer: BertTokenizerFast, names: Sequence[Sequence[str]]) -> Prompts:
+def encode_prompts(tokenizer: BertTokenizer, names: Sequence[Sequence[str]]) -> Prompts:
     """The same ids as the tokenizer gives for "cup . bottle . ", with the token range of each name."""
     rows, spans = [], []
     for asked in names:
@@ -136,7 +139,9 @@ def draw_names(rng: np.random.Generator, knowledge: Knowledge, present: Sequence
     if rng.random() < 0.25:  # one name, as prompting="separate" asks
         chosen = here[:1] if rng.random() < 0.65 and here else [int(rng.integers(len(knowledge.classes)))]
     else:
-        chosen = here[: int(rng.integers(1, 8))] + [int(c) for c in rng.integers(len(knowledge.classes), size=rng.integers(1, 7))]
+        chosen = here[: int(rng.integers(1, 8))] + [
+            int(c) for c in rng.integers(len(knowledge.classes), size=rng.integers(1, 7))
+        ]
     chosen = [int(c) for c in rng.permutation(list(dict.fromkeys(chosen)))]
     classes = list(knowledge.classes.values())
     names = [c.names[0] if rng.random() < 0.75 else str(rng.choice(c.names)) for c in (classes[i] for i in chosen)]
@@ -152,7 +157,11 @@ class Truth:
 
 
 def make_truth(
-    spans: Sequence[tuple[int, int]], chosen: Sequence[int], classes: np.ndarray, boxes: np.ndarray, length: int
+    spans: Sequence[tuple[int, int]],
+    chosen: Sequence[int],
+    classes: np.ndarray,
+    boxes: np.ndarray,
+    length: int,
 ) -> Truth:
     kept, rows = [], []
     for name, box in zip(classes, boxes, strict=True):
@@ -311,7 +320,15 @@ def train(
         return {"AP50": average_precision(found, total)}
 
     groups = parameter_groups(model, lr, slow="conv_encoder", slow_factor=0.2)
-    fit(model, loss_of, Schedule(steps, lr, clip=1.0), out, groups=groups, evaluate=evaluate, evaluate_every=400)
+    fit(
+        model,
+        loss_of,
+        Schedule(steps, lr, clip=1.0),
+        out,
+        groups=groups,
+        evaluate=evaluate,
+        evaluate_every=400,
+    )
 
 
 def _judge(

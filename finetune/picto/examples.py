@@ -1,6 +1,6 @@
 """The pictures in `examples/`: scenes whose seeds no training bank and no evaluation split uses.
 
-    python -m finetune.picto.examples
+python -m finetune.picto.examples
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """From training checkpoints to `weights/picto`: the folders that `DetGPT.from_pretrained` loads.
 
-    python -m finetune.picto.export build weights/picto
+python -m finetune.picto.export build weights/picto
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 import typer
 from transformers import (
-    BertTokenizerFast,
+    BertTokenizer,
     CLIPImageProcessor,
     GenerationConfig,
     GroundingDinoImageProcessor,
@@ -48,7 +48,7 @@ def export_reasoner(build: Path, folder: Path) -> None:
 
 
 def export_detector(build: Path, folder: Path) -> None:
-    tokenizer = BertTokenizerFast.from_pretrained(build / "tokenizer")
+    tokenizer = BertTokenizer.from_pretrained(build / "tokenizer")
     model = make_detector(len(tokenizer))
     model.load_state_dict(torch.load(build / "detector.pt", weights_only=True)["model"])
     model.half().save_pretrained(folder)

@@ -107,9 +107,7 @@ def load_knowledge(path: Path = FILE) -> Knowledge:
             for n, c in raw["classes"].items()
         },
         categories={n: Category(n, c["plural"], tuple(c["ways"])) for n, c in raw["categories"].items()},
-        attributes={
-            n: Attribute(n, a["thing"], a["says"], a["plural_says"]) for n, a in raw["attributes"].items()
-        },
+        attributes={n: Attribute(n, a["thing"], a["says"], a["plural_says"]) for n, a in raw["attributes"].items()},
         needs={
             n: Need(
                 name=n,

@@ -21,7 +21,12 @@ ASKS = (
     "can you see {x}?", "please point out {x}", "I would like {x}", "give me {x}", "detect {x}", "look for {x}",
     "I'm searching for {x}", "which one is {x}?", "mark {x}", "{x}", "{x}, please", "do you have {x}?", "get me {x}",
 )  # fmt: skip
-HELD_OUT_ASKS = ("please find {x} for me", "can you show me {x}?", "do you see {x} here?", "I want you to look for {x}")
+HELD_OUT_ASKS = (
+    "please find {x} for me",
+    "can you show me {x}?",
+    "do you see {x} here?",
+    "I want you to look for {x}",
+)
 ASKS_ALL = (
     "find all {x}", "show me all {x}", "where are the {x}?", "which {x} can you see?", "point out every one of the {x}",
     "mark all {x}", "what {x} are there?", "are there any {x}?", "I am looking for {x}", "all {x}", "{x}", "detect {x}",
@@ -37,10 +42,10 @@ CLOSERS = (
     "", "", "", "", "", " What could help?", " What here could help me?", " Which of these helps?", " Any idea?",
     " What can I use?", " Please help.", " What should I take?", " Is there something for that?",
 )  # fmt: skip
-NO_ARTICLE = frozenset(
-    "grapes broccoli corn bread cheese chocolate honey milk coffee beer wine juice soda ice jeans gloves socks glasses "
-    "headphones scissors soap dice".split()
-) | {"french fries", "ice cream", "toilet paper"}  # fmt: skip
+NO_ARTICLE = {"french fries", "ice cream", "toilet paper"} | set(
+    """grapes broccoli corn bread cheese chocolate honey milk coffee beer wine juice soda ice jeans gloves socks glasses
+    headphones scissors soap dice""".split()
+)
 PLURAL = frozenset({"grapes", "jeans", "gloves", "socks", "glasses", "headphones", "scissors", "french fries"})
 
 
@@ -110,8 +115,8 @@ class Wishes:
     def of_category(self, key: str, rng: np.random.Generator, *, held_out: bool = False) -> Wish:
         category = self.knowledge.categories[key]
         singular = category.ways[0]
-        asked, asks = str(rng.choice([category.plural, category.plural, *category.ways[1:]])), ASKS_ALL
-        asks = HELD_OUT_ASKS_ALL if held_out else ASKS_ALL
+        asked = str(rng.choice([category.plural, category.plural, *category.ways[1:]]))
+        asks: Sequence[str] = HELD_OUT_ASKS_ALL if held_out else ASKS_ALL
         if rng.random() < 0.4:
             asked, asks = with_article(singular), HELD_OUT_ASKS if held_out else ASKS
         says = (f"is {with_article(singular)}", f"are {category.plural}")
@@ -152,10 +157,18 @@ class Wishes:
         return [k for k, n in self.knowledge.needs.items() if n.split != "train"]
 
 
+KINDS = {
+    "need": 0.52,
+    "attribute": 0.16,
+    "category": 0.08,
+    "direct": 0.14,
+    "exclusion": 0.05,
+    "everything": 0.05,
+}  # shares
+
+
 class WishSampler:
     """Draws a wish for a scene: usually one that something in it fulfils, sometimes one that nothing does."""
-
-    KINDS = {"need": 0.52, "attribute": 0.16, "category": 0.08, "direct": 0.14, "exclusion": 0.05, "everything": 0.05}
 
     def __init__(self, wishes: Wishes, *, nothing_fits: float = 0.22):
         self.wishes = wishes
@@ -167,14 +180,17 @@ class WishSampler:
             "category": {k: knowledge.fitting(k) for k in knowledge.categories},
             "direct": {k: frozenset({k}) for k in knowledge.classes},
         }
-        self._fits["held_out_need"] = {
-            k: knowledge.fitting(knowledge.needs[k].rule) for k in wishes.held_out_needs
-        }
+        self._fits["held_out_need"] = {k: knowledge.fitting(knowledge.needs[k].rule) for k in wishes.held_out_needs}
 
     def draw(
-        self, rng: np.random.Generator, present: Sequence[str], kind: str | None = None, *, held_out: bool = False
+        self,
+        rng: np.random.Generator,
+        present: Sequence[str],
+        kind: str | None = None,
+        *,
+        held_out: bool = False,
     ) -> Wish:
-        kind = kind or str(rng.choice(list(self.KINDS), p=list(self.KINDS.values())))
+        kind = kind or str(rng.choice(list(KINDS), p=list(KINDS.values())))
         if kind == "everything":
             return self.wishes.of_everything(rng)
         if kind == "exclusion":

@@ -7,7 +7,6 @@ stages for other models build on TRL and the Trainer; here two small models on a
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +39,11 @@ def parameter_groups(model: nn.Module, lr: float, slow: str = "", slow_factor: f
         if parameter.requires_grad:
             groups.setdefault((parameter.ndim > 1, bool(slow) and slow in name), []).append(parameter)
     return [
-        {"params": p, "lr": lr * (slow_factor if is_slow else 1.0), **({} if decays else {"weight_decay": 0.0})}
+        {
+            "params": p,
+            "lr": lr * (slow_factor if is_slow else 1.0),
+            **({} if decays else {"weight_decay": 0.0}),
+        }
         for (decays, is_slow), p in groups.items()
     ]
 
@@ -74,7 +77,8 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
         print(f"going on from step {first} of {checkpoint}")
-    since, sums = time.perf_counter(), {}
+    sums: dict[str, float] = {}
+    since = time.perf_counter()
     for step in range(first, schedule.steps):
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr * schedule.factor(step)
@@ -106,4 +110,4 @@ def save(path: Path, state: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
-    os.replace(partial, path)
+    partial.replace(path)

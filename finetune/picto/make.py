@@ -35,7 +35,13 @@ def main(
     detector.train(train, val, build / "dense.pt", build / "detector.pt")
     say("tower, with the detector's ResNet")
     tower.train(
-        train, val, build / "tower.pt", steps=600, lr=7e-4, start=build / "dense.pt", detector=build / "detector.pt"
+        train,
+        val,
+        build / "tower.pt",
+        steps=600,
+        lr=7e-4,
+        start=build / "dense.pt",
+        detector=build / "detector.pt",
     )
     say("reasoner")
     reasoner.train(train, val, build / "tower.pt", build / "reasoner.pt")

@@ -62,9 +62,7 @@ def board(y: float, colour: Colour, x0: float = 0.0, x1: float = 1.0, thick: flo
 
 def tiles(y0: float, y1: float, step: float, colour: Colour) -> tuple[Shape, ...]:
     """Thin joints of a tiled wall."""
-    across = tuple(
-        rect(0, y0 + i * step, 1, y0 + i * step + 0.004, colour) for i in range(int((y1 - y0) / step) + 1)
-    )
+    across = tuple(rect(0, y0 + i * step, 1, y0 + i * step + 0.004, colour) for i in range(int((y1 - y0) / step) + 1))
     down = tuple(rect(i * step, y0, i * step + 0.004, y1, colour) for i in range(int(1 / step) + 1))
     return across + down
 
@@ -84,7 +82,11 @@ PLACES: dict[str, Place] = {
             *board(0.34, WOOD, 0.08, 0.92),
             *board(0.64, (214, 206, 196), 0, 1, 0.04),
         ),
-        (Surface(0.345, 0.09, 0.91, 0.0, (0.14, 0.26)), Surface(0.665, depth=0.02, scale=(0.16, 0.28)), Surface(0.97)),
+        (
+            Surface(0.345, 0.09, 0.91, 0.0, (0.14, 0.26)),
+            Surface(0.665, depth=0.02, scale=(0.16, 0.28)),
+            Surface(0.97),
+        ),
         ("food", "fruit", "vegetable", "drink", "kitchenware"),
     ),
     "desk": Place(
@@ -148,7 +150,11 @@ PLACES: dict[str, Place] = {
             rect(0.36, 0.06, 0.64, 0.26, (212, 230, 238)),
             *board(0.42, (238, 240, 240), 0.06, 0.94),
         ),
-        (Surface(0.425, 0.07, 0.93, 0.0, (0.14, 0.26)), Surface(0.76, depth=0.03), Surface(0.97, scale=(0.18, 0.34))),
+        (
+            Surface(0.425, 0.07, 0.93, 0.0, (0.14, 0.26)),
+            Surface(0.76, depth=0.03),
+            Surface(0.97, scale=(0.18, 0.34)),
+        ),
         ("bathroom", "health", "clothing"),
     ),
     "park": Place(
@@ -177,7 +183,11 @@ PLACES: dict[str, Place] = {
             ellipse(0.2, 0.82, 0.8, 1.02, (204, 124, 112)),
             *board(0.38, DARK_WOOD, 0.38, 0.98),
         ),
-        (Surface(0.385, 0.39, 0.97, 0.0, (0.13, 0.24)), Surface(0.76, depth=0.03), Surface(0.96, depth=0.04, scale=(0.2, 0.38))),
+        (
+            Surface(0.385, 0.39, 0.97, 0.0, (0.13, 0.24)),
+            Surface(0.76, depth=0.03),
+            Surface(0.96, depth=0.04, scale=(0.2, 0.38)),
+        ),
         ("furniture", "toy", "electronics", "music", "animal"),
     ),
     "workshop": Place(
@@ -195,7 +205,11 @@ PLACES: dict[str, Place] = {
             rect(0.05, 0.67, 0.11, 1, (130, 92, 60)),
             rect(0.89, 0.67, 0.95, 1, (130, 92, 60)),
         ),
-        (Surface(0.38, 0.08, 0.92, 0.02, (0.14, 0.26)), Surface(0.64, depth=0.02), Surface(0.95, depth=0.04, scale=(0.2, 0.34))),
+        (
+            Surface(0.38, 0.08, 0.92, 0.02, (0.14, 0.26)),
+            Surface(0.64, depth=0.02),
+            Surface(0.95, depth=0.04, scale=(0.2, 0.34)),
+        ),
         ("tool", "electronics", "vehicle", "household"),
     ),
     "beach": Place(
@@ -207,7 +221,11 @@ PLACES: dict[str, Place] = {
             *(rect(x, y, x + 0.1, y + 0.008, (150, 204, 228)) for x, y in ((0.1, 0.4), (0.5, 0.44), (0.75, 0.39))),
             rect(0, 0.54, 1, 1, (236, 214, 164)),
         ),
-        (Surface(0.52, depth=0.04, scale=(0.13, 0.24)), Surface(0.74, depth=0.04), Surface(0.95, depth=0.05, scale=(0.18, 0.36))),
+        (
+            Surface(0.52, depth=0.04, scale=(0.13, 0.24)),
+            Surface(0.74, depth=0.04),
+            Surface(0.95, depth=0.05, scale=(0.18, 0.36)),
+        ),
         ("drink", "food", "sport", "clothing", "vehicle", "animal"),
         (0.04, 0.26),
     ),
@@ -237,7 +255,11 @@ PLACES: dict[str, Place] = {
             *board(0.46, WOOD, 0.04, 0.54),
             ellipse(0.2, 0.82, 0.9, 1.05, (150, 168, 200)),
         ),
-        (Surface(0.465, 0.05, 0.53, 0.0, (0.14, 0.26)), Surface(0.75, depth=0.03), Surface(0.96, depth=0.05, scale=(0.2, 0.38))),
+        (
+            Surface(0.465, 0.05, 0.53, 0.0, (0.14, 0.26)),
+            Surface(0.75, depth=0.03),
+            Surface(0.96, depth=0.05, scale=(0.2, 0.38)),
+        ),
         ("clothing", "accessory", "furniture", "toy", "electronics"),
     ),
     "shop": Place(

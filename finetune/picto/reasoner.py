@@ -160,7 +160,12 @@ def encode(tokenizer: PreTrainedTokenizerFast, exchanges: Sequence[Exchange]) ->
     """Token ids of a conversation about one image, as the chat template writes them, and which are answers."""
     ids, learned = [BOS], [False]
     for i, exchange in enumerate(exchanges):
-        asked = [USER, *([IMAGE] * IMAGE_TOKENS if i == 0 else []), *_ids(tokenizer, exchange.wish), ASSISTANT]
+        asked = [
+            USER,
+            *([IMAGE] * IMAGE_TOKENS if i == 0 else []),
+            *_ids(tokenizer, exchange.wish),
+            ASSISTANT,
+        ]
         said = [*_ids(tokenizer, exchange.answer), EOS]
         ids += asked + said
         learned += [False] * len(asked) + [True] * len(said)
@@ -172,7 +177,9 @@ def _ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def answer_loss(
-    model: LlavaForConditionalGeneration, features: torch.Tensor, encoded: Sequence[tuple[list[int], list[bool]]]
+    model: LlavaForConditionalGeneration,
+    features: torch.Tensor,
+    encoded: Sequence[tuple[list[int], list[bool]]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean cross-entropy and accuracy over the answers' tokens. `features` (B, 49, 256)."""
     length = max(len(ids) for ids, _ in encoded)
@@ -214,7 +221,9 @@ def train(
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = make_reasoner(len(tokenizer), state)
     with torch.no_grad():  # the projector's first layer starts at unit scale, whatever the tower's is
-        model.model.multi_modal_projector.linear_1.weight.div_(float(features[:2000].astype(np.float32).std()) * 0.02 * 16)
+        model.model.multi_modal_projector.linear_1.weight.div_(
+            float(features[:2000].astype(np.float32).std()) * 0.02 * 16
+        )
 
     def loss_of(step: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng((seed, step, 4))
@@ -235,9 +244,19 @@ def train(
             encoded = [encode(tokenizer, val_talks.draw(rng, int(i))) for i in chosen]
             parts.append(answer_loss(model, torch.from_numpy(val_features[chosen].astype(np.float32)), encoded))
         losses, accuracies = zip(*parts, strict=True)
-        return {"val loss": float(torch.stack(losses).mean()), "val accuracy": float(torch.stack(accuracies).mean())}
+        return {
+            "val loss": float(torch.stack(losses).mean()),
+            "val accuracy": float(torch.stack(accuracies).mean()),
+        }
 
-    fit(model, loss_of, Schedule(steps, lr, weight_decay=0.05, clip=1.0), out, evaluate=evaluate, evaluate_every=400)
+    fit(
+        model,
+        loss_of,
+        Schedule(steps, lr, weight_decay=0.05, clip=1.0),
+        out,
+        evaluate=evaluate,
+        evaluate_every=400,
+    )
 
 
 if __name__ == "__main__":

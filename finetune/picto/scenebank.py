@@ -72,7 +72,11 @@ def _render(index: int, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
         (index, names.index(o.name), o.box[0] / width, o.box[1] / height, o.box[2] / width, o.box[3] / height)
         for o in scene.objects
     ]
-    return np.asarray(scene.image.resize((SIDE, SIDE))), np.array(rows, np.float32).reshape(-1, 6), scene.place
+    return (
+        np.asarray(scene.image.resize((SIDE, SIDE))),
+        np.array(rows, np.float32).reshape(-1, 6),
+        scene.place,
+    )
 
 
 def build(

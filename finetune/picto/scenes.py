@@ -27,8 +27,11 @@ AT_HOME = 0.6  # chance that a thing belongs to the place it is in
 class Pictured(Protocol):
     """What a scene needs to know of a class of things."""
 
-    picture: str
-    category: str
+    @property
+    def picture(self) -> str: ...
+
+    @property
+    def category(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,7 @@ def _choose(rng: np.random.Generator, place: Place, catalogue: Mapping[str, Pict
 
 
 def _put(rng: np.random.Generator, place: Place, name: str, styles: Sequence[str]) -> Thing:
-    flies = place.air is not None and name in FLYING and rng.random() < 0.8
-    if flies:
+    if place.air is not None and name in FLYING and rng.random() < 0.8:
         scale = rng.uniform(0.14, 0.26)
         x, y = rng.uniform(0.1, 0.9), rng.uniform(*place.air) + scale
     else:
@@ -133,11 +135,13 @@ def _paint_thing(
     width, height = canvas.size
     sprite = sprites.load(thing.style)[picture]
     side = thing.scale * (width * height) ** 0.5 / max(sprite.size)
-    sprite = sprite.resize((max(4, round(sprite.width * side)), max(4, round(sprite.height * side))), Image.BILINEAR)
+    sprite = sprite.resize(
+        (max(4, round(sprite.width * side)), max(4, round(sprite.height * side))), Image.Resampling.BILINEAR
+    )
     if thing.flipped:
-        sprite = sprite.transpose(Image.FLIP_LEFT_RIGHT)
+        sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if abs(thing.angle) > 1:
-        sprite = sprite.rotate(thing.angle, Image.BICUBIC, expand=True)
+        sprite = sprite.rotate(thing.angle, Image.Resampling.BICUBIC, expand=True)
         sprite = sprite.crop(sprite.getchannel("A").getbbox())
     left = round(min(max(thing.x * width - sprite.width / 2, 0), width - sprite.width))
     top = round(min(max(thing.y * height - sprite.height, 0), height - sprite.height))

@@ -68,7 +68,10 @@ def _fetch(package: str) -> dict:
         subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
         (archive,) = Path(folder).glob("*.tgz")
         with tarfile.open(archive) as tar:
-            return json.load(tar.extractfile("package/icons.json"))
+            icons = tar.extractfile("package/icons.json")
+            if icons is None:
+                raise FileNotFoundError(f"{package} has no icons.json")
+            return json.load(icons)
 
 
 def _draw(icons: dict, picture: str) -> Image.Image:

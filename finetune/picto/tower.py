@@ -79,15 +79,21 @@ class DenseTower(nn.Module):
         nn.init.trunc_normal_(self.tower.embeddings.position_embeddings, std=0.02)
         self.fine = nn.Conv2d(128, num_classes + 1, 1)  # the class that covers most of a 14 x 14 cell, or none
         self.coarse = nn.Linear(WIDTH, num_classes)  # coverage on the 7 x 7 map, before attention
-        self.tokens = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * num_classes))  # coverage, centre
-        for head in (self.coarse, self.tokens[1]):
+        last = nn.Linear(WIDTH, 2 * num_classes)  # coverage, centre
+        self.tokens = nn.Sequential(nn.LayerNorm(WIDTH), last)
+        for head in (self.coarse, last):
             nn.init.constant_(head.bias, -5.0)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, 3, S, S) → logits: fine (B, C + 1, 14, 14), coarse, coverage and centre (B, 49, C)."""
         out = self.tower(pixel_values, output_hidden_states=True)
         coverage, centre = self.tokens(out.hidden_states[-1][:, 1:]).chunk(2, dim=-1)
-        return self.fine(out.intermediate_activations[1]), self.coarse(out.hidden_states[0][:, 1:]), coverage, centre
+        return (
+            self.fine(out.intermediate_activations[1]),
+            self.coarse(out.hidden_states[0][:, 1:]),
+            coverage,
+            centre,
+        )
 
 
 def pixels(images: np.ndarray) -> torch.Tensor:
@@ -189,14 +195,21 @@ def train(
         values = recolour(rng, values if rng.random() < 0.5 else values.flip(-1))
         early, late = classifier(values)
         parts = {"early": F.cross_entropy(early, target), "late": F.cross_entropy(late, target)}
-        return {"loss": parts["early"] + parts["late"], **parts, "accuracy": (late.argmax(1) == target).float().mean()}
+        return {
+            "loss": parts["early"] + parts["late"],
+            **parts,
+            "accuracy": (late.argmax(1) == target).float().mean(),
+        }
 
     if start is None:
         fit(classifier, cut_loss, Schedule(cut_steps, 2e-3), out.with_stem("cuts"))
     else:
         model.load_state_dict(torch.load(start, weights_only=True)["model"])
         resnet = model.tower.embeddings.backbone
-        for part in (resnet.embedder, resnet.encoder.stages[0]):  # they have learned what they can, and cost most
+        for part in (
+            resnet.embedder,
+            resnet.encoder.stages[0],
+        ):  # they have learned what they can, and cost most
             part.requires_grad_(False)
     if detector is not None:
         _take_resnet(model, torch.load(detector, weights_only=True)["model"])
@@ -235,7 +248,10 @@ def _take_resnet(model: DenseTower, detector: dict[str, torch.Tensor]) -> None:
     prefix = "model.backbone.conv_encoder.model."
     resnet = {k.removeprefix(prefix): v for k, v in detector.items() if k.startswith(prefix)}
     result = model.tower.embeddings.backbone.load_state_dict(resnet, strict=False)
-    wrong = [*result.unexpected_keys, *(k for k in result.missing_keys if not k.endswith("num_batches_tracked"))]
+    wrong = [
+        *result.unexpected_keys,
+        *(k for k in result.missing_keys if not k.endswith("num_batches_tracked")),
+    ]
     if wrong:
         raise ValueError(f"the detector's backbone is of another shape than the tower's: {wrong}")
 
