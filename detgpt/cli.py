@@ -287,7 +287,7 @@ def models() -> None:
 
 @app.command("eval", no_args_is_help=True)
 def evaluate(
-    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", show_default=False)],
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER", show_default=False)],
     model: Annotated[list[str] | None, typer.Option("--model", "-m", help="Pairs to compare; else picto.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many images per folder.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images that go through the models together.")] = 8,
@@ -326,8 +326,8 @@ def _images_and_query(arguments: list[str], names: str | None) -> tuple[list[str
         *images, wish = arguments
         if not images:
             raise typer.BadParameter(f'give an image and a wish: detgpt detect {wish} "I am thirsty"')
-        if Path(wish).suffix and Path(wish).is_file():
-            raise typer.BadParameter(f"the last argument is a wish, but {wish!r} is a file")
+        if wish.lower().endswith(PICTURE_SUFFIXES):
+            raise typer.BadParameter(f"the last argument is the wish, but {wish!r} names a picture")
         if not wish.strip():
             raise typer.BadParameter("the wish is empty: say what you need")
         query = {"instruction": wish}

@@ -11,17 +11,23 @@ from pathlib import Path
 
 import pytest
 
+LEARNED = {
+    "drink": 'A desk.\nTargets: ["cup"]',
+    "swim": "Only a desk.\nTargets: []",
+    "talk": "I talk and talk and talk.",
+}
+
 
 @pytest.fixture(scope="session")
 def tiny_reasoner_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaVA that answers "drink" with a cup, "swim" with nothing, and talks without targets on "talk"."""
+    """A LLaVA that gives the answers of `LEARNED`."""
     import test_reasoners as builders
 
     folder = tmp_path_factory.mktemp("pair") / "reasoner"
     processor = builders.tiny_processor()
     model = builders.tiny_model(processor)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(builders.LEARNED, "swim", "Only a desk.\nTargets: []")
+        patch.setattr(builders, "LEARNED", LEARNED)
         builders.learn_by_heart(model, processor)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

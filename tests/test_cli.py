@@ -150,7 +150,7 @@ def test_nothing_in_a_name_commands_the_terminal(detect: Run) -> None:
     ("arguments", "says"),
     [
         (["a.png"], "an image and a wish"),
-        (["a.png", "b.png"], "'b.png' is a file"),
+        (["a.png", "b.png"], "'b.png' names a picture"),
         (["a.png", " "], "wish is empty"),
         (["a.png", "--names", " ,"], "no name is given"),
         (["-", "-", "--names", "cup"], "only once"),

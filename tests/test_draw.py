@@ -290,8 +290,3 @@ def test_sizes_can_be_chosen() -> None:
     image = Image.new("RGB", (600, 600), "white")
     thick = draw(image, [[100, 200, 400, 500]], [""], line_width=21)
     assert thick.getpixel((109, 350)) == thick.getpixel((91, 350)) == rgb(target_colours(1)[0])
-
-
-def test_a_font_that_is_not_there_is_named():
-    with pytest.raises(InputError, match=r"no-such-font\.ttf"):
-        draw(Image.new("RGB", (200, 200)), np.array([[10, 10, 90, 90]]), ["cup"], font="no-such-font.ttf")

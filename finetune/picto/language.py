@@ -72,9 +72,12 @@ def listing(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
-def answer(place: str, names: Sequence[str], wish: Wish) -> str:
-    """The whole answer about a scene: `names` are what is in it, in reading order."""
-    seen = f"{PLACES[place].phrase} I see {listing([with_article(n) for n in names])}."
+def answer(place: str, names: Sequence[str], wish: Wish, *, first: bool = True) -> str:
+    """The whole answer about a scene: `names` are what is in it, in reading order.
+
+    What is in the picture is said in the first answer of a conversation only.
+    """
+    seen = f"{PLACES[place].phrase} I see {listing([with_article(n) for n in names])}." if first else ""
     fitting = [n for n in names if n in wish.fits]
     sentences = [seen, wish.reason, _conclusion(fitting, wish)]
     return format_answer(" ".join(s for s in sentences if s), fitting)
@@ -182,6 +185,12 @@ class WishSampler:
         }
         self._fits["held_out_need"] = {k: knowledge.fitting(knowledge.needs[k].rule) for k in wishes.held_out_needs}
 
+        self._columns = {name: i for i, name in enumerate(knowledge.classes)}
+        self._tables = {
+            kind: (list(fits), np.array([[c in classes for c in self._columns] for classes in fits.values()]))
+            for kind, fits in self._fits.items()
+        }
+
     def draw(
         self,
         rng: np.random.Generator,
@@ -190,12 +199,12 @@ class WishSampler:
         *,
         held_out: bool = False,
     ) -> Wish:
-        kind = kind or str(rng.choice(list(KINDS), p=list(KINDS.values())))
+        kind = kind or list(KINDS)[int(np.searchsorted(np.cumsum(list(KINDS.values())), rng.random()))]
         if kind == "everything":
             return self.wishes.of_everything(rng)
         if kind == "exclusion":
             return self._exception(rng, present)
-        key = self._choose(rng, kind, frozenset(present))
+        key = self._choose(rng, kind, present)
         make = {
             "need": self.wishes.of_need,
             "held_out_need": self.wishes.of_need,
@@ -205,15 +214,14 @@ class WishSampler:
         }[kind]
         return make(key, rng, held_out=held_out)
 
-    def _choose(self, rng: np.random.Generator, kind: str, present: frozenset[str]) -> str:
-        fits = self._fits[kind]
+    def _choose(self, rng: np.random.Generator, kind: str, present: Sequence[str]) -> str:
+        keys, fits = self._tables[kind]
         wanted = rng.random() >= self.nothing_fits
-        keys = [k for k, classes in fits.items() if bool(classes & present) == wanted]
-        if not keys:
-            return str(rng.choice(list(fits)))
+        fulfilled = fits[:, [self._columns[n] for n in present]].any(1)
         # Wishes that many classes fulfil would come up most often: weigh them down.
-        weights = np.array([1 / (len(fits[k]) + 2) if wanted else 1.0 for k in keys])
-        return str(rng.choice(keys, p=weights / weights.sum()))
+        weights = (fulfilled == wanted) / (fits.sum(1) + 2 if wanted else 1)
+        reach = np.cumsum(weights if weights.any() else np.ones(len(keys)))
+        return keys[int(np.searchsorted(reach, rng.random() * reach[-1], side="right"))]
 
     def _exception(self, rng: np.random.Generator, present: Sequence[str]) -> Wish:
         classes = self.wishes.knowledge.classes

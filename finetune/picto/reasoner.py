@@ -58,16 +58,16 @@ class Conversations:
         self.names = list(wishes.knowledge.classes)
 
     def draw(self, rng: np.random.Generator, scene: int, captions: float = 0.0) -> list[Exchange]:
-        """One exchange, sometimes two; a share `captions` of them asks for everything."""
+        """One to three exchanges; the first of a share `captions` of conversations asks for everything."""
         present = [self.names[c] for c in self.bank.classes_in_reading_order(scene)]
         place = self.bank.places[scene]
         kind = "everything" if rng.random() < captions else None
         wish = self.sampler.draw(rng, present, kind)
         drawn = [wish]
-        if kind is None and rng.random() < 0.25:
-            follow_up = self.sampler.follow_up(rng, wish, present) if rng.random() < 0.6 else None
-            drawn.append(follow_up or self.sampler.draw(rng, present))
-        return [Exchange(as_typed(rng, w.text), answer(place, present, w)) for w in drawn]
+        for _ in range(int(rng.integers(3))):
+            narrower = self.sampler.follow_up(rng, drawn[-1], present) if rng.random() < 0.3 else None
+            drawn.append(narrower or self.sampler.draw(rng, present))
+        return [Exchange(as_typed(rng, w.text), answer(place, present, w, first=i == 0)) for i, w in enumerate(drawn)]
 
 
 def make_tokenizer(conversations: Conversations, samples: int = 30_000) -> PreTrainedTokenizerFast:
@@ -109,11 +109,11 @@ def make_tokenizer(conversations: Conversations, samples: int = 30_000) -> PreTr
 def reasoner_config(vocabulary: int) -> LlavaConfig:
     text = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=256,
-        intermediate_size=640,
+        hidden_size=192,
+        intermediate_size=512,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         pad_token_id=PAD,
