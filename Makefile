@@ -27,7 +27,7 @@ picto: $(READY)
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable ".[demo,groundingdino,finetune,openai,dev]"
+	$(BIN)/pip install --quiet --editable ".[demo,dev,eval,finetune,groundingdino,openai,pandas,supervision]"
 	touch $(READY)
 
 clean:

@@ -89,13 +89,14 @@ def make_detector(vocabulary: int, tower: dict[str, torch.Tensor] | None = None)
     """A fresh detector; `tower` is the state of a trained `DenseTower`, whose ResNet becomes the backbone."""
     model = GroundingDinoForObjectDetection(detector_config(vocabulary))
     with torch.no_grad():
-        # Class scores are plain dot products: without these the first loss is in the hundreds, and fusion (which
-        # starts at 1e-4) would take most of a short training to open.
+        # Fusion starts at 1e-4 and would take most of a short training to open. Class scores are plain dot products
+        # of two normalised vectors, so the first loss would be in the hundreds: scale the text down, on its way out
+        # of the encoder. (Not the decoder's norm: its boxes are refined before that norm and scored after it, by the
+        # same head, which then works only if the norm keeps the scale.)
         for name, parameter in model.named_parameters():
             if name.endswith(("vision_param", "text_param")):
                 parameter.fill_(0.1)
-        model.model.enc_output_norm.weight.fill_(0.1)
-        model.model.decoder.layer_norm.weight.fill_(0.1)
+        model.model.encoder.layers[-1].text_enhancer_layer.layer_norm_after.weight.fill_(0.1)
     if tower is not None:
         prefix = "tower.embeddings.backbone."
         resnet = {k.removeprefix(prefix): v for k, v in tower.items() if k.startswith(prefix)}
@@ -280,6 +281,7 @@ def train(
     batch: int = 16,
     lr: float = 6e-4,
     seed: int = 0,
+    start: Annotated[Path | None, typer.Option(help="Go on from the weights of this detector.")] = None,
 ) -> None:
     """Train the detector; prints AP50 on fresh scenes, asked for present and absent names."""
     torch.manual_seed(seed)
@@ -288,6 +290,9 @@ def train(
     tokenizer = make_tokenizer(knowledge, out.parent / "tokenizer")
     state = torch.load(tower, weights_only=True)["model"]
     model = make_detector(len(tokenizer), state).to(memory_format=torch.channels_last).train()
+
+    if start is not None:
+        model.load_state_dict(torch.load(start, weights_only=True)["model"])
 
     def batch_of(rng: np.random.Generator, source: SceneBank, chosen: np.ndarray, moving: bool):
         classes, boxes = (list(x) for x in zip(*(source.of(int(i)) for i in chosen), strict=True))
