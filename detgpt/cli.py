@@ -543,16 +543,15 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
 @contextmanager
 def _loading(title: str, parts: Sequence[str], debug: bool) -> Iterator[None]:
     """Keep the libraries quiet, but for the progress of a download."""
-    if not debug:
-        warnings.simplefilter("ignore")
-        for variable in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
-            os.environ.setdefault(variable, "error")
     downloads = not all(_is_here(part) for part in parts)
-    if not downloads and not debug:
-        from huggingface_hub.utils import disable_progress_bars
-
-        disable_progress_bars()  # transformers follows, being imported later
     with _status(f"loading {title}", debug or downloads):
+        if not debug:
+            from transformers.utils import logging
+
+            warnings.simplefilter("ignore")
+            logging.set_verbosity_error()
+            if not downloads:
+                logging.disable_progress_bar()
         yield
 
 

@@ -11,11 +11,7 @@ from pathlib import Path
 
 import pytest
 
-LEARNED = {
-    "drink": 'A desk.\nTargets: ["cup"]',
-    "swim": "Only a desk.\nTargets: []",
-    "talk": "I talk and talk and talk.",
-}
+LEARNED = {"drink": 'A desk.\nTargets: ["cup"]', "swim": "Only a desk.\nTargets: []"}
 
 
 @pytest.fixture(scope="session")

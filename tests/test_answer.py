@@ -314,6 +314,8 @@ def test_hostile_text_takes_linear_time(prefix: str, unit: str) -> None:
         ('**Targets:** ["cup"]', True),
         ('Targets: ["cup"', False),
         ('Targets: ["shelf [left]', False),
+        ('Targets: ["key ]', False),
+        ('Targets: ["key ]"]', True),
         ('Targets: ["shelf [left]"]', True),
         ('Targets: [{"label": "cup", "bbox_2d": [1, 2]', False),
         ("Targets: cup", False),

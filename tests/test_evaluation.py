@@ -302,7 +302,8 @@ class ShelfDetector:
     name = "shelf"
 
     def __init__(self) -> None:
-        self.things = {"milk": (MILK, 0.9), "hammer": (HAMMER, 0.1), "boat": (BOAT, 0.8)}
+        self.things = {"milk": [(MILK, 0.9)], "hammer": [(HAMMER, 0.1)], "boat": [(BOAT, 0.8)]}
+        self.asked: list[tuple[Any, ...]] = []
 
     def detect(
         self,
@@ -313,10 +314,12 @@ class ShelfDetector:
         text_threshold: float = 0.25,
         prompting: str = "separate",
     ) -> list[Grounding]:
+        self.asked.append((list(names), box_threshold, text_threshold, prompting))
         return [self._find(asked, box_threshold) for _, asked in zip(images, names, strict=True)]
 
     def _find(self, asked: Sequence[str], threshold: float) -> Grounding:
-        rows = [(*self.things[name], i) for i, name in enumerate(asked) if self.things[name][1] >= threshold]
+        known = [(*thing, i) for i, name in enumerate(asked) for thing in self.things[name]]
+        rows = [row for row in known if row[1] >= threshold]
         return Grounding(
             np.array([box for box, _, _ in rows], np.float32).reshape(-1, 4),
             np.array([score for _, score, _ in rows], np.float32),
@@ -390,6 +393,20 @@ def test_the_first_records_only_and_options_of_the_model(write: Callable[..., Pa
     assert (first["n"], first["end_to_end"]["f1"], first["end_to_end"]["cgf1"]) == (1, 1.0, None)
     strict = evaluate(model(), folder, limit=1, box_threshold=0.95)
     assert (strict["end_to_end"]["f1"], strict["detector"]["ap"]) == (0.0, pytest.approx(1.0))
+
+
+def test_the_detector_is_asked_for_the_true_names_and_for_weak_boxes_too(write: Callable[..., Path]):
+    detector = ShelfDetector()
+    evaluate(DetGPT(ScriptedReasoner(ANSWERS), detector), write(*RECORDS), prompting="joint")
+    assert detector.asked[-1] == ([["milk", "hammer"], []], 0.01, 0.01, "joint")
+
+
+def test_a_detector_that_sees_double_is_forgiven_as_in_the_pipeline(write: Callable[..., Path]):
+    detector = ShelfDetector()
+    detector.things["milk"] = [(MILK, 0.9), (MILK, 0.8), (HAMMER, 0.7)]
+    two = changed(boxes=[MILK, HAMMER], labels=["milk", "milk"])
+    result = evaluate(DetGPT(ScriptedReasoner(ANSWERS), detector), write(two))
+    assert result["detector"]["ap"] == pytest.approx(1.0)
 
 
 def test_the_truth_of_a_picture_is_that_of_all_its_wishes(write: Callable[..., Path]):

@@ -100,6 +100,10 @@ def test_open_file_is_read_from_its_start_and_stays_open(tmp_path: Path) -> None
         file.read(10)
         assert_same(load_image(file), quadrants())
         assert not file.closed
+    written = io.BytesIO()
+    written.write(b"just text")
+    with pytest.raises(ImageError, match="is text, not an image"):
+        load_image(written)
 
 
 class Pipe(io.RawIOBase):
@@ -119,6 +123,10 @@ def test_stream_that_cannot_seek() -> None:
     assert_same(load_image(Pipe(PNG)), quadrants())
     with pytest.raises(ImageError, match=r"image stream is over 20 bytes.*max_bytes"):
         load_image(Pipe(PNG), max_bytes=20)
+    endless = Pipe(bytes(10_000))
+    with pytest.raises(ImageError, match="over 20 bytes"):
+        load_image(endless, max_bytes=20)
+    assert endless.content.tell() < 100  # it stopped at the limit
 
 
 def test_grey_arrays_and_tensors() -> None:
@@ -493,6 +501,7 @@ def test_url_gives_the_picture(site: Site) -> None:
     site.pages["/b%20c.png?size=1&q=%C3%A9"] = content(PNG)
     assert_same(fetch(site.url("/a.png#top")), quadrants())
     assert_same(fetch(site.url("/b c.png?size=1&q=é")), quadrants())
+    assert_same(fetch(site.url("/b%20c.png?size=1&q=%C3%A9")), quadrants())  # escaped already
     assert site.requests[0][1]["Host"] == site.host
 
 

@@ -13,6 +13,7 @@ from finetune.picto.knowledge import holds, load_knowledge
 from finetune.picto.language import Wishes, WishSampler, answer
 from finetune.picto.places import PLACES
 from finetune.picto.scenes import make_scene
+from finetune.picto.splits import FOLDER, SPLITS, write_split
 
 KNOWLEDGE = load_knowledge()
 
@@ -35,8 +36,7 @@ def test_a_scene_looks_the_same_at_any_size():
         assert np.allclose(np.array(a.box) * 2, b.box, atol=6)
 
 
-def test_boxes_hold_what_was_painted():
-    """Where a thing is painted over an empty place the picture differs inside its box, and nowhere else."""
+def test_boxes_lie_in_the_picture_and_hold_something():
     for seed in range(20):
         drawn = scene(seed)
         width, height = drawn.image.size
@@ -124,3 +124,11 @@ def test_training_answers_are_read_back_by_the_parser_users_have():
         assert list(read.names) == [n for n in names if n in wish.fits]
         nothing += not read.names
     assert nothing >= 0.15 * 300  # wishes that nothing fulfils are part of the lesson
+
+
+def test_the_committed_splits_are_those_that_the_code_writes(tmp_path):
+    for name, split in SPLITS.items():
+        write_split(split, tmp_path / name, scenes=2)
+        ours = (tmp_path / name / "data.jsonl").read_text().splitlines()
+        committed = (FOLDER / name / "data.jsonl").read_text().splitlines()
+        assert ours == committed[: len(ours)], name

@@ -97,8 +97,15 @@ def _record(line: str, folder: Path, where: str) -> Record:
     image = folder / row["image"]
     if not image.is_file():
         raise InputError(f"{where}: there is no image {image}")
-    names = {key: tuple(row[key]) for key in ("targets", "labels", "present")}
-    return Record(image=image, instruction=row["instruction"], boxes=_array(row["boxes"]), kind=row["kind"], **names)
+    return Record(
+        image=image,
+        instruction=row["instruction"],
+        targets=tuple(row["targets"]),
+        boxes=_array(row["boxes"]),
+        labels=tuple(row["labels"]),
+        present=tuple(row["present"]),
+        kind=row["kind"],
+    )
 
 
 def _check_agreement(row: dict[str, Any], where: str) -> None:

@@ -100,7 +100,7 @@ def box_metrics(predicted: Sequence[Labelled], true: Sequence[Labelled]) -> dict
     positive = n_true > 0
     f1, pm_f1 = (
         _share(2 * hits[rows].mean(axis=1).sum(), (n_predicted + n_true)[rows].sum())
-        for rows in (slice(None), positive)
+        for rows in (np.ones_like(positive), positive)
     )
     il_mcc = matthews_correlation(n_predicted > 0, positive)
     return {

@@ -28,7 +28,7 @@ from finetune.picto.scenebank import SIDE
 
 SIZE = {"height": SIDE, "width": SIDE}  # the whole picture, never a crop: a crop could cut the target out
 HALF = [0.5, 0.5, 0.5]
-BOX_THRESHOLD = 0.3
+BOX_THRESHOLD = 0.25
 
 
 def export_reasoner(build: Path, folder: Path) -> None:
