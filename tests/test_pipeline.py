@@ -94,13 +94,13 @@ def test_a_name_finds_the_same_boxes_whatever_else_is_asked(detector):
     alone = model.detect(KITCHEN, names=["coffee"])
     among = model.detect(KITCHEN, names=["soda", "coffee", "strawberry", "pizza", "frying pan"])
     mine = [i for i, label in enumerate(among.labels) if label == "coffee"]
-    assert len(alone) >= 2
+    assert len(alone) >= 1
     assert np.allclose(alone.boxes, among.boxes[mine], atol=0.05)
     assert np.allclose(alone.scores, among.scores[mine], atol=1e-4)
 
 
 def test_one_thing_gets_one_name_unless_boxes_may_be_shared(detector):
-    names = ["soda", "cup with straw"]  # two names of one thing
+    names = ["frying pan", "pan"]  # two names of one thing
     one = scripted(detector, "").detect(KITCHEN, names=names)
     both = scripted(detector, "", share_boxes=True).detect(KITCHEN, names=names)
     assert len(set(both.labels)) == 2
@@ -190,7 +190,7 @@ def test_a_folder_with_a_broken_description_says_so(tmp_path):
 
 
 def test_something_without_the_verb_is_no_part():
-    with pytest.raises(InputError, match="reason"):
+    with pytest.raises(InputError, match=r"detector.*no method .detect"):
         DetGPT(reasoner=object(), detector=object())
 
 

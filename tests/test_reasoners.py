@@ -265,7 +265,7 @@ def test_an_abandoned_stream_stops_the_model(folder: Path, tmp_path: Path) -> No
     stream = reasoner.stream(ask("talk"), max_new_tokens=20_000)
     next(stream)
     stream.close()
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
     assert time.process_time() - started < 5
     assert reasoner.reason([ask("drink")])[0].complete  # the model is free again
 
