@@ -77,19 +77,13 @@ def measure_warm(repeats: int) -> dict[str, float]:
 def measure_cold() -> dict[str, float]:
     """Wall time and peak memory of one `detgpt detect` in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "detgpt.cli",
-            "detect",
-            str(PICTURE),
-            WISH,
-            "-o",
-            f"{folder}/out.png",
-        ]
+        picture = Path(folder) / "out.png"
+        command = [Path(sys.executable).with_name("detgpt"), "detect", PICTURE, WISH, "-o", picture]
         start = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         seconds = time.perf_counter() - start
+        if not picture.is_file():
+            raise RuntimeError("detgpt detect wrote no picture: nothing was measured")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # KiB on Linux
     return {"cold_seconds": seconds, "cold_peak_gib": peak}
 

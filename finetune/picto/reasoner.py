@@ -54,7 +54,7 @@ class Conversations:
 
     def __init__(self, bank: SceneBank, wishes: Wishes):
         self.bank = bank
-        self.sampler = WishSampler(wishes, nothing_fits=0.35)  # abstaining is the hardest lesson
+        self.sampler = WishSampler(wishes)
         self.names = list(wishes.knowledge.classes)
 
     def draw(self, rng: np.random.Generator, scene: int, captions: float = 0.0) -> list[Exchange]:
