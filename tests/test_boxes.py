@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detgpt.boxes import (
@@ -126,6 +126,7 @@ def test_nothing_found_stays_nothing():
         assert empty.boxes.shape == (0, 4)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(groundings(), st.sampled_from([0.0, 0.3, 0.7]))
 def test_after_suppression_no_pair_of_a_name_overlaps_too_much_and_every_loss_has_a_reason(asked, threshold):
     kept = nms_per_target(asked, threshold)
@@ -138,6 +139,7 @@ def test_after_suppression_no_pair_of_a_name_overlaps_too_much_and_every_loss_ha
         assert not lost or (iou_matrix(box[None], kept.boxes[better]) > threshold).any()
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(groundings())
 def test_suppressing_twice_changes_nothing(asked):
     for suppress in (nms_per_target, one_target_per_box):

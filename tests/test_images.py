@@ -667,7 +667,7 @@ def resolve_to(monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> list[str
     real = socket.getaddrinfo
 
     def getaddrinfo(host: str, port: int, *args: object, **options: object) -> list:
-        if host.replace(".", "").isdigit():
+        if not host.endswith(".example"):
             return real(host, port, *args, **options)  # type: ignore[arg-type]
         asked.append(host)
         addresses = remaining.pop(0)
@@ -681,6 +681,12 @@ def test_a_name_with_one_private_address_among_its_own_is_refused(monkeypatch: p
     resolve_to(monkeypatch, ["8.8.8.8", "10.0.0.5"])
     with pytest.raises(ImageError, match=r"'pictures.example' has the non-public address 10\.0\.0\.5"):
         load_image("http://pictures.example/a.png")
+
+
+def test_a_dead_address_leaves_the_next_one(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.pages["/a.png"] = content(PNG)
+    resolve_to(monkeypatch, ["::1", "127.0.0.1"])  # the site listens on the second alone
+    assert_same(fetch(f"http://camera.example:{site.port}/a.png"), quadrants())
 
 
 @pytest.fixture
