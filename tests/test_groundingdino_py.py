@@ -172,6 +172,25 @@ def test_joint_prompting_scores_each_box_by_the_tokens_of_its_best_name(detector
     assert_same((grounding.boxes, grounding.scores), (boxes[order], by_name.max(axis=1)[order]))
 
 
+def text_features(detector: GroundingDinoPyDetector, text: str) -> torch.Tensor:
+    """The text encoder's output (tokens, width) under the mask that keeps phrases apart."""
+    from groundingdino.models.GroundingDINO.bertwarper import generate_masks_with_special_tokens
+
+    tokens = detector.model.tokenizer(text, return_tensors="pt")
+    mask, positions = generate_masks_with_special_tokens(tokens, detector.model.specical_tokens, None)
+    with torch.inference_mode():
+        output = detector.model.bert(input_ids=tokens["input_ids"], attention_mask=mask, position_ids=positions)
+    return output.last_hidden_state[0]
+
+
+def test_the_text_encoder_reads_a_phrase_whole_and_without_its_neighbours(detector):
+    cup, other_neighbour, other_phrase = (
+        text_features(detector, text)[1:3] for text in ("red cup . table", "red cup . wine", "red glass . table")
+    )
+    torch.testing.assert_close(cup, other_neighbour)
+    assert not torch.allclose(cup[0], other_phrase[0], atol=1e-4), "red reads what is red"
+
+
 def test_joint_prompts_of_two_images_do_not_disturb_each_other(detector):
     names = [["cup", "red wine"], ["red wine", "cup"]]  # as long, but the full stops stand elsewhere
     options = {"box_threshold": 0, "text_threshold": 0, "prompting": "joint"}
