@@ -3,8 +3,8 @@
 `load_image` takes a path, an http(s) or data: URL, bytes, a binary file, a PIL image, a NumPy array or a
 torch tensor. Whatever cannot become a faithful picture raises `ImageError`.
 
-Left out on purpose: PostScript and metafiles (Pillow starts other programs for them), proxy settings from the
-environment (the address that was checked is the one connected to), and colour management by ICC profiles.
+Left out on purpose: PostScript and metafiles (Pillow starts other programs for them), and colour management by
+ICC profiles.
 """
 
 from __future__ import annotations
@@ -12,39 +12,31 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-import http.client
 import io
-import ipaddress
 import os
 import re
-import socket
-import ssl
 import struct
-import threading
-import time
 import zlib
 from collections.abc import Iterator
-from concurrent import futures
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, cast
-from urllib.parse import SplitResult, quote, unquote, unquote_to_bytes, urljoin, urlsplit
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from detgpt.download import MAX_SECONDS, download, over_limit, quoted, shown_url
 from detgpt.errors import ImageError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MAX_BYTES", "MAX_PIXELS", "MAX_REDIRECTS", "MAX_SECONDS", "ImageSource", "load_image"]
+__all__ = ["MAX_BYTES", "MAX_PIXELS", "ImageSource", "load_image"]
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray | torch.Tensor"
 
 MAX_PIXELS = 64_000_000  # width x height; only the product counts, so 20,000 x 100 is fine
 MAX_BYTES = 32 * 2**20  # of a download, a data: URL, or a stream that cannot seek
-MAX_SECONDS = 20.0  # of a whole download: name look-up, every redirect, headers and body
-MAX_REDIRECTS = 5
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "MPO")
 
@@ -96,11 +88,11 @@ def load_image(
     if isinstance(source, str) and re.match(r"data:", source, re.IGNORECASE):
         return _decode(io.BytesIO(_data_url_bytes(source, max_bytes)), "the data: URL", max_pixels)
     if isinstance(source, str) and re.match(r"[a-z][a-z0-9+.-]+://", source, re.IGNORECASE):
-        body = _download(source, max_bytes, max_seconds, allow_private_urls)
-        return _decode(io.BytesIO(body), _shown(source), max_pixels)
+        body = download(source, max_bytes, max_seconds, allow_private_urls)
+        return _decode(io.BytesIO(body), shown_url(source), max_pixels)
     if isinstance(source, (str, os.PathLike)):
         with _open_file(Path(source)) as file:
-            return _decode(file, _quoted(source), max_pixels)
+            return _decode(file, quoted(source), max_pixels)
     if hasattr(source, "read"):
         with _decoding("the image file object", max_pixels):
             return _decode(_seekable(source, max_bytes), "the image file object", max_pixels)
@@ -114,7 +106,7 @@ def load_image(
 
 
 def _open_file(path: Path) -> BinaryIO:
-    name = _quoted(path)
+    name = quoted(path)
     try:
         if path.is_dir():
             raise ImageError(f"{name} is a directory. Pass the path of one image file.")
@@ -144,7 +136,7 @@ def _seekable(stream: Any, max_bytes: int) -> BinaryIO:
         chunks.append(chunk)
         size += len(chunk)
     if size > max_bytes:
-        raise _over_limit("the image stream", max_bytes)
+        raise over_limit("the image stream", max_bytes)
     return io.BytesIO(b"".join(chunks))
 
 
@@ -152,10 +144,6 @@ def _require_bytes(chunk: object) -> None:
     if not isinstance(chunk, bytes):
         kind = type(chunk).__name__
         raise ImageError(f"the image file object gives {kind}, not bytes. Open the file with mode 'rb'.")
-
-
-def _over_limit(name: str, max_bytes: int) -> ImageError:
-    return ImageError(f"{name} is over {max_bytes} bytes. Pass a smaller image, or raise max_bytes.")
 
 
 def _data_url_bytes(url: str, max_bytes: int) -> bytes:
@@ -167,7 +155,7 @@ def _data_url_bytes(url: str, max_bytes: int) -> bytes:
     except binascii.Error as error:
         raise ImageError(f"the data: URL holds damaged base64: {error}. Encode the image again.") from error
     if len(body) > max_bytes:
-        raise _over_limit("the data: URL", max_bytes)
+        raise over_limit("the data: URL", max_bytes)
     return body
 
 
@@ -324,184 +312,3 @@ def _array_to_image(array: np.ndarray, name: str, max_pixels: int) -> Image.Imag
     if array.dtype != np.uint8:
         raise ImageError(f"{name} is of the wrong dtype. Pass uint8 in 0..255 or floats in [0, 1].")
     return _to_rgb(Image.fromarray(np.ascontiguousarray(array)), name, max_pixels)
-
-
-# --------------------------------------------------------------------------------------------------- download
-
-
-def _download(url: str, max_bytes: int, max_seconds: float, allow_private: bool) -> bytes:
-    """Fetch a URL; each hop's host is looked up once, checked, and connected to by that very address."""
-    deadline = time.monotonic() + max_seconds
-    name, parts = _shown(url), _split(url)
-    headers = {"Accept": "image/*", "User-Agent": "detgpt", "Connection": "close"}
-    if parts.username is not None:
-        login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        headers["Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
-    for _ in range(MAX_REDIRECTS + 1):
-        try:
-            body, redirect = _get(parts, headers, max_bytes, deadline, allow_private)
-        except ImageError:
-            raise
-        except TimeoutError:
-            raise ImageError(f"{name} took over {max_seconds:g} s. Retry, or raise max_seconds.") from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise ImageError(f"{name} cannot be fetched: {error}. Check address and network.") from error
-        if redirect is None:
-            return body
-        parts = _split(redirect)
-        headers.pop("Authorization", None)  # it was meant for the first address alone
-    raise ImageError(f"{name} redirects more than {MAX_REDIRECTS} times. Pass the final address.")
-
-
-def _get(
-    parts: SplitResult, headers: dict[str, str], max_bytes: int, deadline: float, allow_private: bool
-) -> tuple[bytes, str | None]:
-    """One request: the body, or the address that a redirect names."""
-    name, host, tls = _shown(parts.geturl()), parts.hostname or "", parts.scheme == "https"
-    default_port = 443 if tls else 80
-    request = http.client.HTTPConnection(host, parts.port or default_port)
-    request.default_port = default_port  # which the Host header leaves out
-    target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
-    with _connect(host, request.port, tls, deadline, allow_private) as request.sock:
-        request.request("GET", quote(target, safe="/?%:@!$&'()*+,;=~"), headers=headers)
-        reader = cast(socket.socket, _DeadlineReader(request.sock, deadline))
-        with http.client.HTTPResponse(reader, method="GET") as response:
-            response.begin()
-            if response.status in (301, 302, 303, 307, 308) and (location := response.getheader("Location")):
-                return b"", urljoin(parts.geturl(), location)
-            if response.status != 200:
-                raise ImageError(f"{name} answers with HTTP status {response.status}. Check the address.")
-            announced = response.length or 0
-            body = response.read(max_bytes + 1) if announced <= max_bytes else b""
-    if max(announced, len(body)) > max_bytes:
-        raise _over_limit(name, max_bytes)
-    if len(body) < announced:
-        raise http.client.IncompleteRead(body, announced - len(body))
-    return body, None
-
-
-class _DeadlineReader(io.RawIOBase):
-    """Reads a socket up to a deadline; the socket's own timeout would start anew with every byte."""
-
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
-        self._sock, self._deadline = sock, deadline
-        self._raw = sock.makefile("rb", buffering=0)
-
-    def makefile(self, mode: str) -> io.BufferedReader:  # what HTTPResponse asks of a socket
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(_seconds_left(self._deadline))
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-def _seconds_left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
-
-
-def _connect(host: str, port: int, tls: bool, deadline: float, allow_private: bool) -> socket.socket:
-    addresses = _look_up(host, port, deadline)
-    private = [address for address in addresses if not _is_public(address)]
-    if private and not allow_private:
-        raise ImageError(
-            f"the host {host!r} has the non-public address {private[0]}. "
-            "Pass a public URL, or allow_private_urls=True if you trust whoever chose this one."
-        )
-    for tried, address in enumerate(addresses, start=1):
-        # A dead address leaves time for the next.
-        patience = _seconds_left(deadline) / (len(addresses) - tried + 1)
-        try:
-            sock = socket.create_connection((address, port), timeout=patience)
-            break
-        except OSError:
-            if tried == len(addresses):
-                raise
-    if not tls:
-        return sock
-    sock.settimeout(_seconds_left(deadline))
-    with contextlib.ExitStack() as on_failure:
-        on_failure.callback(sock.close)
-        wrapped = ssl.create_default_context().wrap_socket(sock, server_hostname=host)
-        on_failure.pop_all()
-    return wrapped
-
-
-def _look_up(host: str, port: int, deadline: float) -> list[str]:
-    """All addresses of a host. The system's look-up knows no timeout, so a thread waits for it."""
-    answer: futures.Future[list[str]] = futures.Future()
-
-    def look_up() -> None:
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            answer.set_result(list(dict.fromkeys(str(entry[4][0]) for entry in found)))
-        except (OSError, ValueError) as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=look_up, daemon=True).start()
-    try:
-        return answer.result(timeout=_seconds_left(deadline))
-    except futures.TimeoutError:  # a type of its own until Python 3.11
-        raise TimeoutError from None
-
-
-# Not the open internet, though `ipaddress` calls some of them global, depending on Python's version.
-_NOT_PUBLIC = tuple(
-    ipaddress.ip_network(network)
-    for network in (
-        "168.63.129.16/32",  # Azure's metadata
-        "192.0.0.0/24",  # protocol assignments, among them Oracle's metadata
-        "192.88.99.0/24", "2001::/32", "2002::/16",  # 6to4 and Teredo carry an IPv4 address inside
-        "64:ff9b:1::/48",  # local NAT64
-        "fec0::/10",  # site-local
-    )
-)  # fmt: skip
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-
-
-def _is_public(address: str) -> bool:
-    ip = ipaddress.ip_address(address)
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else None)
-        if inner is not None:
-            return _is_public(str(inner))
-    if ip.is_multicast or ip.is_reserved or ip.is_link_local or any(ip in network for network in _NOT_PUBLIC):
-        return False
-    return ip.is_global
-
-
-def _split(url: str) -> SplitResult:
-    try:
-        parts = urlsplit(url)
-        complete = bool(parts.hostname) and parts.port != 0  # .port raises when it is no number
-    except ValueError:
-        raise ImageError(f"{_shown(url)} is not a valid URL. Write it as https://host/picture.jpg.") from None
-    if parts.scheme not in ("http", "https"):
-        raise ImageError(f"{_shown(url)} is not an http: or https: URL. Download it and pass its path.")
-    if not complete:
-        raise ImageError(f"{_shown(url)} names no host and port. Write it as https://host/picture.jpg.")
-    return parts
-
-
-def _shown(url: str) -> str:
-    """The URL as messages show it: without login, query (it may hold a signature) and fragment."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return "the URL"
-    host = parts.netloc.rpartition("@")[2]
-    return _quoted(f"{parts.scheme}://{host}{parts.path}" + ("?..." if parts.query else ""))
-
-
-def _quoted(text: object) -> str:
-    shown = str(text)
-    return repr(shown if len(shown) <= 200 else shown[:197] + "...")

@@ -22,8 +22,9 @@ import pytest
 import torch
 from PIL import Image
 
+from detgpt.download import _is_public
 from detgpt.errors import DetGPTError, ImageError, InputError, MissingExtraError
-from detgpt.images import MAX_PIXELS, _is_public, load_image
+from detgpt.images import MAX_PIXELS, load_image
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
