@@ -14,9 +14,7 @@ import json
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -24,14 +22,10 @@ from urllib.parse import urlsplit
 
 import typer
 from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
-from rich.text import Text
 
-from detgpt import __version__
+from detgpt import __version__, terminal
 from detgpt.answer import ParsedAnswer
-from detgpt.draw import target_colours
 from detgpt.errors import DetGPTError, InputError, ModelError
 from detgpt.images import load_image
 from detgpt.models import PAIRS, ModelPair, resolve
@@ -43,7 +37,6 @@ from detgpt.results import Detections
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 PICTO_NOTE = "picto knows pictograms only; for photographs add --model base"
 
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 EXITS = "Exit status: 0 answered, if only that nothing fits; 1 an error; 2 wrong usage; 130 interrupted."
 app = typer.Typer(
     help="Detect what you need by saying why you need it.",
@@ -111,7 +104,7 @@ class Choice:
         parts = [pair.reasoner, pair.detector] if reasons else [pair.detector]
         # Without reasoning nobody asks the reasoner, so the gigabytes of a real one stay where they are.
         reasoner = pair.reasoner if reasons else ScriptedReasoner(["Targets: []"])
-        with _loading(self.model if self.detector is None else self.detector, parts, self.debug):
+        with terminal.loading(self.model if self.detector is None else self.detector, parts, self.debug):
             return DetGPT(reasoner, pair.detector, device=self.device, dtype=self.dtype, options=options)
 
 
@@ -143,9 +136,9 @@ def _with_model(command: Callable[..., None]) -> Callable[..., None]:
             {flag.name: value for flag in fields(kind) if (value := given.pop(flag.name)) is not None}
             for kind in (Choice, Options)
         )
-        with _usage():
+        with terminal.usage():
             Options().updated(settings)
-        with _reporting(chosen.get("debug", False)):
+        with terminal.reporting(chosen.get("debug", False)):
             command(**given, choice=Choice(**chosen), settings=settings)
 
     signature = inspect.signature(command, eval_str=True)
@@ -207,24 +200,24 @@ def detect(
     for source, path in zip(images, paths, strict=True):
         title = _title(source)
         try:
-            with _status(f"looking at {title}", choice.debug):
+            with terminal.status(f"looking at {title}", choice.debug):
                 result = model.detect(sys.stdin.buffer if source == "-" else source, **query)
             found.append((title, replace(result, image=None)))  # thousands of pictures would fill the memory
             if as_json:
-                _print_json({"image": title, **result.to_dict()})
+                terminal.print_json({"image": title, **result.to_dict()})
             elif not as_coco:
-                _print_result(title, result)
+                terminal.print_result(title, result)
             if path:
-                _save(result, path, legend)
+                terminal.save(result, path, legend)
         except DetGPTError as error:
             if len(images) == 1 or choice.debug:
                 raise
             failed = True
-            _print_error(str(error) if title in str(error) else f"{title}: {error}")
+            terminal.print_error(str(error) if title in str(error) else f"{title}: {error}")
     if as_coco:
-        _print_json(_coco(found))
+        terminal.print_json(terminal.coco(found))
     if choice.model == "picto" and choice.detector is None and not (as_json or as_coco):
-        _hint(PICTO_NOTE)
+        terminal.hint(PICTO_NOTE)
     if failed:
         raise typer.Exit(1)
 
@@ -247,7 +240,7 @@ def chat(
     model = choice.load(settings)
     turns: list[Turn] = []
     result: Detections | None = None
-    _hint("say what you need; /save out.png, /quit")
+    terminal.hint("say what you need; /save out.png, /quit")
     for line in _lines():
         command, _, path = line.partition(" ")
         try:
@@ -256,14 +249,14 @@ def chat(
             if command == "/save":
                 _save_last(result, path.strip())
             elif command.startswith("/"):
-                _note(f"there is no {command}: /save out.png or /quit")
+                terminal.note(f"there is no {command}: /save out.png or /quit")
             else:
                 result = _answer(model, picture, line, turns)
                 turns.append(Turn(line, result.answer))
         except DetGPTError as error:
             if choice.debug:
                 raise
-            _print_error(str(error))
+            terminal.print_error(str(error))
 
 
 @app.command()
@@ -278,11 +271,11 @@ def models() -> None:
         except ModelError:
             table.add_row(name, "", "", "no", "built in, but left out of this installation")
             continue
-        here = all(_is_here(part) for part in (pair.reasoner, pair.detector))
+        here = all(terminal.is_here(part) for part in (pair.reasoner, pair.detector))
         parts = "built in" if isinstance(PAIRS[name], Path) else f"{pair.reasoner}\n{pair.detector}"
         table.add_row(f"[bold]{name}[/]", pair.knows, pair.needs, "yes" if here else "no", parts)
-    out.print(table)
-    out.print(f"{PICTO_NOTE}.", style="dim")
+    terminal.out.print(table)
+    terminal.out.print(f"{PICTO_NOTE}.", style="dim")
 
 
 @app.command("eval", no_args_is_help=True)
@@ -297,7 +290,7 @@ def evaluate(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Measure models on folders of annotated images; print a Markdown table."""
-    with _reporting(debug):
+    with terminal.reporting(debug):
         from detgpt import evaluation
 
         results = {}
@@ -305,15 +298,15 @@ def evaluate(
             loaded = Choice(model=name, device=device, dtype=dtype, debug=debug).load({})
             for folder in folders:
                 title = f"{name} · {folder.name}"
-                with _progress(title) as progress:
+                with terminal.progress(title) as progress:
                     results[title] = evaluation.evaluate(
                         loaded, folder, limit=limit, progress=progress, batch_size=batch_size
                     )
         typer.echo(evaluation.table(results))
         if output:
-            with _replacing(output) as file:
+            with terminal.replacing(output) as file:
                 file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-            _note(f"wrote {output}")
+            terminal.note(f"wrote {output}")
 
 
 # -------------------------------------------------------------------------------------------------- arguments
@@ -333,7 +326,7 @@ def _images_and_query(arguments: list[str], names: str | None) -> tuple[list[str
         query = {"instruction": wish}
     else:
         wanted = [name.strip() for name in names.split(",") if name.strip()]
-        with _usage():
+        with terminal.usage():
             ParsedAnswer.of_names(wanted)
         query = {"names": wanted}
     if images.count("-") > 1:
@@ -392,10 +385,10 @@ def _answer(model: DetGPT, picture: Image.Image, wish: str, turns: list[Turn]) -
     """Print the answer as it is written, then the boxes."""
     for event in model.stream(picture, wish, history=turns):
         if isinstance(event, Detections):
-            out.print("\n")
-            _print_boxes(event)
+            terminal.out.print("\n")
+            terminal.print_boxes(event)
             return event
-        out.print(_plain(event), end="", soft_wrap=True)
+        terminal.out.print(terminal.plain(event), end="", soft_wrap=True)
     raise AssertionError("a stream ends with its result")
 
 
@@ -403,167 +396,6 @@ def _save_last(result: Detections | None, path: str) -> None:
     if result is None:
         raise InputError("there is nothing to save yet: say what you need first")
     try:
-        _save(result, _picture_path(path), legend=True)
+        terminal.save(result, _picture_path(path), legend=True)
     except typer.BadParameter as error:
         raise InputError(error.message) from error
-
-
-# ----------------------------------------------------------------------------------------------------- output
-
-
-def _print_result(title: str, result: Detections) -> None:
-    out.print(_plain(title, "bold"), soft_wrap=True)
-    if result.reasoning:
-        out.print(_plain(result.reasoning), soft_wrap=not out.is_terminal)
-    _print_boxes(result)
-    out.print()
-
-
-def _print_boxes(result: Detections) -> None:
-    names = [target.name for target in result.targets]
-    colours = dict(zip(names, target_colours(len(names)), strict=True))
-    confidences = {target.name: target.confidence for target in result.targets}
-    sure = None not in confidences.values()  # a reasoner without token probabilities has no confidence at all
-    if result.problem:
-        out.print(_plain(f"warning: {result.problem}", "yellow"), soft_wrap=True)
-    elif not names:
-        out.print("Nothing here fits.")
-    if len(result):
-        table = Table("target", box=None, pad_edge=False, header_style="dim")
-        for heading in ("score", *["confidence"] * sure, "x0", "y0", "x1", "y1"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for box, score, label in result:
-            numbers = [score, confidences[label]] if sure else [score]
-            target = Text.assemble(("● ", colours[label]), _plain(label))
-            table.add_row(target, *(f"{number:.2f}" for number in numbers), *(f"{edge:.0f}" for edge in box))
-        out.print(table)
-    if missed := [target.name for target in result.targets if not target.found]:
-        out.print(_plain(f"not found in the picture: {', '.join(missed)}"), soft_wrap=not out.is_terminal)
-
-
-def _coco(found: Sequence[tuple[str, Detections]]) -> dict[str, list[dict[str, Any]]]:
-    """One COCO document of all images, with common categories."""
-    names = list(dict.fromkeys(target.name for _, result in found for target in result.targets))
-    categories = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
-    document: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
-    for number, (title, result) in enumerate(found, start=1):
-        annotation_id = len(document["annotations"]) + 1
-        part = result.to_coco(number, file_name=title, categories=names, first_annotation_id=annotation_id)
-        document["images"] += part["images"]
-        document["annotations"] += part["annotations"]
-    return document
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    # A file name that is no UTF-8 comes as lone surrogates; their backslash form is also JSON's own escape.
-    typer.echo(text.encode("utf-8", "backslashreplace"))
-
-
-def _plain(text: str, style: str = "") -> Text:
-    """Text of a model or a user: no markup, and no control characters for the terminal to obey."""
-    return Text(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text), style)
-
-
-def _save(result: Detections, path: Path, legend: bool) -> None:
-    with _replacing(path) as file:
-        result.draw(legend).save(file)
-    _note(f"wrote {path}")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary neighbour of `path`, which takes its place when it is whole."""
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:  # ValueError: a picture too large for its format
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot write {str(path)!r}: {reason}. Choose another file or folder.") from error
-
-
-# ------------------------------------------------------------------------------------------- notes and errors
-
-
-def _note(text: str) -> None:
-    err.print(_plain(text, "dim"), soft_wrap=True)
-
-
-def _hint(text: str) -> None:
-    """A note for people, not for logs."""
-    if err.is_terminal:
-        _note(text)
-
-
-def _print_error(message: str) -> None:
-    err.print(Text.assemble(("error: ", "bold red"), _plain(" ".join(message.split()))), soft_wrap=True)
-
-
-@contextmanager
-def _usage() -> Iterator[None]:
-    """Report an `InputError` as wrong usage."""
-    try:
-        yield
-    except InputError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-@contextmanager
-def _reporting(debug: bool) -> Iterator[None]:
-    """Report errors of the library in one line; `debug` leaves them their traceback."""
-    try:
-        yield
-    except DetGPTError as error:
-        if debug:
-            raise
-        _print_error(str(error))
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-
-
-def _status(text: str, debug: bool) -> AbstractContextManager[Any]:
-    """A spinner on a terminal; with `debug` none, for it would overwrite what the libraries say."""
-    return err.status(_plain(text, "dim")) if err.is_terminal and not debug else nullcontext()
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, moved by calls with how many are done and how many there are."""
-    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def _loading(title: str, parts: Sequence[str], debug: bool) -> Iterator[None]:
-    """Keep the libraries quiet, but for the progress of a download."""
-    downloads = not all(_is_here(part) for part in parts)
-    with _status(f"loading {title}", debug or downloads):
-        if not debug:
-            from transformers.utils import logging
-
-            warnings.simplefilter("ignore")
-            logging.set_verbosity_error()
-            if not downloads:
-                logging.disable_progress_bar()
-        yield
-
-
-def _is_here(part: str) -> bool:
-    """Whether this part of a pair is a folder, or a checkpoint in the hub's cache."""
-    if Path(part).is_dir():
-        return True
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        files = ("model.safetensors", "model.safetensors.index.json")
-        return any(isinstance(try_to_load_from_cache(part, file), str) for file in files)
-    except HFValidationError:  # no hub id: a folder that is not there
-        return False
