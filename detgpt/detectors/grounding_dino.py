@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoPr
 
 from detgpt.detectors import Grounding
 from detgpt.detectors.spans import TokenScores, check_query, ground_images, make_prompts
+from detgpt.device import choose_device
 from detgpt.errors import InputError, ModelError
 
 MODEL_TYPES = ("grounding-dino", "mm-grounding-dino")
@@ -60,7 +61,7 @@ class GroundingDinoDetector:
         if max_prompts_per_pass < 1:
             raise InputError(f"max_prompts_per_pass must be at least 1, got {max_prompts_per_pass}.")
         self.name = str(model_id_or_folder)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = choose_device(device)
         self.max_prompts_per_pass = max_prompts_per_pass
         self.processor, self.model = _load(self.name, _torch_dtype(dtype), revision)
         self.model.to(self.device).eval()

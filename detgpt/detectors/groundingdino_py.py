@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, BertModel
 
 from detgpt.detectors import Grounding
 from detgpt.detectors.spans import TokenScores, check_query, ground_images, make_prompts
+from detgpt.device import choose_device
 from detgpt.errors import InputError, MissingExtraError, ModelError
 
 _build_lock = threading.Lock()
@@ -66,7 +67,7 @@ class GroundingDinoPyDetector:
         import groundingdino.datasets.transforms as transforms
 
         self.name = str(checkpoint_path)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = choose_device(device)
         self.max_prompts_per_pass = max_prompts_per_pass
         self.model: Any = _build(_read_config(Path(config_path)), config_path, text_encoder)
         _load_weights(self.model, Path(checkpoint_path))

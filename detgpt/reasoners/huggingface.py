@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from detgpt.answer import answer_is_complete, format_instruction
+from detgpt.device import choose_device
 from detgpt.errors import InputError, MissingExtraError, ModelError
 from detgpt.reasoners import RawAnswer, Request, TokenSpan
 
@@ -61,7 +62,7 @@ class HuggingFaceReasoner:
         revision: str | None = None,
     ) -> None:
         self.name = os.fspath(model_id_or_folder)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = choose_device(device)
         options: dict[str, Any] = {
             "dtype": _torch_dtype(dtype, device),
             "device_map": device_map,
@@ -300,6 +301,8 @@ def _load_processor(name: str, revision: str | None) -> Any:
                 "give an image-text-to-text checkpoint such as LLaVA or Qwen-VL"
             )
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except ImportError as error:  # some families' processors need a package of their own
+        raise ModelError(f"{name!r} needs one more package: {error}") from error
     except (OSError, ValueError) as error:
         raise ModelError(f"{name!r} cannot be loaded: {error}\nCheck the name, the files and the network.") from error
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
