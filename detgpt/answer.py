@@ -245,9 +245,9 @@ def _read_body(text: str, start: int, end: int) -> tuple[list[_Value], int, bool
         return [], end, False
     if text[body] in _OPENING:
         values, close = _scan_list(text, body, end)
-        if close is None:
+        if close is None:  # cut off: an empty list would be a guess
             close = _end_of_open_list(text, body, end)
-            values, _ = _scan_list(text, body, close)
+            return _scan_list(text, body, close)[0], close, False
         return values, close, not values and not text[body:close].strip(" \n\t[]{}【】［］")
     line_end = _find_or(text, "\n", body, end)
     if _NOTHING.match(text[body:line_end].lstrip(_EDGES)):

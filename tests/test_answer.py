@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,6 +69,20 @@ WELL_FORMED = [
     "A desk.\nTherefore the answer is: ['cup', 'bottle']. Is there anything else?",
     'A desk. Targets: ["cup", "bottle"]',
 ]
+
+
+MET = [
+    pytest.param(text, names, id=f"{manner} {i}")
+    for manner, answers in yaml.safe_load(Path(__file__).with_name("answers.yaml").read_text(encoding="utf-8")).items()
+    for i, (text, names) in enumerate(answers)
+]
+
+
+@pytest.mark.parametrize(("text", "names"), MET)
+def test_what_models_write_is_read(text: str, names: list[str] | None) -> None:
+    parsed = parse_answer(text)
+    assert list(parsed.names) == (names or [])
+    assert (parsed.problem is not None) == (names is None)
 
 
 @pytest.mark.parametrize("text", WELL_FORMED)
