@@ -31,13 +31,14 @@ from detgpt.errors import ImageError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MAX_BYTES", "MAX_PIXELS", "ImageSource", "load_image"]
+__all__ = ["MAX_BYTES", "MAX_PIXELS", "PICTURE_SUFFIXES", "ImageSource", "load_image"]
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray | torch.Tensor"
 
 MAX_PIXELS = 64_000_000  # width x height; only the product counts, so 20,000 x 100 is fine
 MAX_BYTES = 32 * 2**20  # of a download, a data: URL, or a stream that cannot seek
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "MPO")
 
 

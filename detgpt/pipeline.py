@@ -130,16 +130,24 @@ class DetGPT:
         if names is not None:
             if instruction is not None:
                 raise InputError("both an instruction and names were given: give one of the two")
-            asked = ParsedAnswer.of_names(names)
-            return self._ground([picture], [None], [asked], [RawAnswer("")], self.options.updated(options))[0]
+            return self._detect_names([(picture, ParsedAnswer.of_names(names))], self.options.updated(options))[0]
         if instruction is None:
             raise InputError("nothing to look for: give an instruction, or names=[…] to detect without reasoning")
         return self._detect([Request(picture, instruction, tuple(history))], self.options.updated(options))[0]
 
-    def detect_batch(self, items: Iterable[tuple[ImageSource, str]], **options: Any) -> list[Detections]:
-        """`detect` for many (image, instruction) pairs, batched through both models; results in order."""
-        requests = [Request(load_image(image), instruction) for image, instruction in items]
-        return self._detect(requests, self.options.updated(options))
+    def detect_batch(
+        self, items: Iterable[tuple[ImageSource, str | Sequence[str]]], **options: Any
+    ) -> list[Detections]:
+        """`detect` for many pairs of an image and an instruction, batched through both models; results in order.
+
+        A list of names in an instruction's place is looked for without reasoning.
+        """
+        chosen = self.options.updated(options)
+        pairs = [(load_image(image), wish) for image, wish in items]
+        asked = [Request(image, wish) for image, wish in pairs if isinstance(wish, str)]
+        named = [(image, ParsedAnswer.of_names(wish)) for image, wish in pairs if not isinstance(wish, str)]
+        reasoned, plain = iter(self._detect(asked, chosen)), iter(self._detect_names(named, chosen))
+        return [next(reasoned if isinstance(wish, str) else plain) for _, wish in pairs]
 
     def stream(
         self, image: ImageSource, instruction: str, *, history: Sequence[Turn] = (), **options: Any
@@ -157,6 +165,10 @@ class DetGPT:
     def _detect(self, requests: list[Request], options: Options) -> list[Detections]:
         raws = self.reasoner.reason(requests, max_new_tokens=options.max_new_tokens) if requests else []
         return self._finish(requests, raws, options)
+
+    def _detect_names(self, items: Sequence[tuple[Image.Image, ParsedAnswer]], options: Options) -> list[Detections]:
+        images, answers = [image for image, _ in items], [answer for _, answer in items]
+        return self._ground(images, [None] * len(items), answers, [RawAnswer("")] * len(items), options)
 
     def _finish(self, requests: list[Request], raws: Sequence[RawAnswer], options: Options) -> list[Detections]:
         """From raw answers to results: parse (one retry for an answer without targets), then ground."""
@@ -189,7 +201,7 @@ class DetGPT:
             text_threshold=options.text_threshold,
             prompting=options.prompting,
         )
-        found = [_tidy(grounding, options) for grounding in groundings]
+        found = [tidy(grounding, options) for grounding in groundings]
         return [_result(*parts) for parts in zip(images, instructions, answers, raws, found, strict=True)]
 
 
@@ -233,7 +245,7 @@ def _restated(request: Request, raw: RawAnswer) -> Request:
     )
 
 
-def _tidy(grounding: Grounding, options: Options) -> Grounding:
+def tidy(grounding: Grounding, options: Options) -> Grounding:
     """Each thing once: per target, and (unless boxes may be shared) across targets."""
     grounding = nms_per_target(grounding, options.nms_threshold)
     return grounding if options.share_boxes else one_target_per_box(grounding, SAME_THING)

@@ -312,6 +312,19 @@ class Detections:
         return table
 
 
+def coco_document(found: Sequence[tuple[str, Detections]]) -> dict[str, list[dict[str, Any]]]:
+    """One COCO document of many images by file name, with common categories."""
+    names = list(dict.fromkeys(target.name for _, result in found for target in result.targets))
+    categories = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
+    document: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
+    for number, (title, result) in enumerate(found, start=1):
+        annotation_id = len(document["annotations"]) + 1
+        part = result.to_coco(number, file_name=title, categories=names, first_annotation_id=annotation_id)
+        document["images"] += part["images"]
+        document["annotations"] += part["annotations"]
+    return document
+
+
 def _read_only(values: Any, name: str, columns: int | None = None) -> np.ndarray:
     """A read-only float32 copy of shape (N,), or (N, columns)."""
     array = np.array(values, dtype=np.float32)

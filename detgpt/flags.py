@@ -1,0 +1,104 @@
+"""The flags that every command with a model shares, made from the dataclasses that they fill."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, get_origin, get_type_hints
+
+import typer
+
+from detgpt import terminal
+from detgpt.described import described
+from detgpt.models import ModelPair, resolve
+from detgpt.pipeline import DetGPT, Options
+from detgpt.reasoners.scripted import ScriptedReasoner
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which models run, and where.
+
+    model: a pair of models by name (see `detgpt models`), or a folder that holds detgpt.json.
+    reasoner: hub id or folder of a reasoner; goes with --detector and stands in for --model.
+    detector: hub id or folder of a Grounding DINO detector; with --names it needs no --reasoner.
+    device: where to run, such as cpu, cuda or cuda:1; a GPU where there is one unless given.
+    dtype: number format of the reasoner's weights, such as float32 or bfloat16.
+    debug: show tracebacks, and the libraries' own messages.
+    """
+
+    model: str = field(default="picto", metadata={"flags": ("--model", "-m")})
+    reasoner: str | None = None
+    detector: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    debug: bool = field(default=False, metadata={"flags": ("--debug",)})
+
+    def pair(self, reasons: bool) -> ModelPair:
+        """The chosen pair; with `reasons` False it may lack its reasoner."""
+        if self.reasoner is None and self.detector is None:
+            return resolve(self.model)
+        if self.detector is None or (reasons and self.reasoner is None):
+            raise typer.BadParameter("name both parts: --reasoner and --detector go together")
+        return ModelPair(self.reasoner or "", self.detector)
+
+    def load(self, settings: dict[str, Any], *, reasons: bool = True) -> DetGPT:
+        pair = self.pair(reasons)
+        options = Options().updated({**pair.options, **settings})
+        parts = [pair.reasoner, pair.detector] if reasons else [pair.detector]
+        # Without reasoning nobody asks the reasoner, so the gigabytes of a real one stay where they are.
+        reasoner = pair.reasoner if reasons else ScriptedReasoner(["Targets: []"])
+        with terminal.loading(self.model if self.detector is None else self.detector, parts, self.debug):
+            return DetGPT(reasoner, pair.detector, device=self.device, dtype=self.dtype, options=options)
+
+
+def _flags(kind: type, heading: str) -> Iterator[inspect.Parameter]:
+    """One flag per field of a dataclass; the field and the docstring give name, type, default and help."""
+    helps = described(kind)
+    types = get_type_hints(kind)
+    for setting in fields(kind):
+        option = typer.Option(
+            *setting.metadata.get("flags", ()),
+            help=helps.get(setting.name, ""),
+            envvar=setting.metadata.get("envvar"),
+            show_default=False if setting.default in (None, False, ()) else str(setting.default),
+            rich_help_panel=heading,
+        )
+        value: Any = list[str] if get_origin(types[setting.name]) is tuple else types[setting.name]
+        flag: Any = Annotated[value | None, option]
+        yield inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=flag)
+
+
+def with_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace every parameter that is a dataclass, `choice` among them, and `settings` by flags; and report errors.
+
+    `settings` holds only what was set of `Options`, so that the model's own options stay its defaults.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    parameters = signature.parameters.values()
+    kinds: dict[str, Any] = {p.name: p.annotation for p in parameters if is_dataclass(p.annotation)}
+    own = [p for p in parameters if p.name not in (*kinds, "settings")]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        chosen = {
+            name: {flag.name: value for flag in fields(kind) if (value := given.pop(flag.name)) is not None}
+            for name, kind in {**kinds, "settings": Options}.items()
+        }
+        with terminal.usage():
+            Options().updated(chosen["settings"])
+            filled = {name: kind(**chosen[name]) for name, kind in kinds.items()}
+        with terminal.reporting(filled["choice"].debug):
+            command(**given, **filled, settings=chosen["settings"])
+
+    headings = {"choice": "Models", "serving": "Service"}
+    run.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[
+            *own,
+            *(flag for name, kind in kinds.items() for flag in _flags(kind, headings[name])),
+            *_flags(Options, "Settings, unless the model brings its own"),
+        ]
+    )
+    return run
