@@ -2,7 +2,8 @@
 
     python -m finetune.picto.make --build build --out weights/picto
 
-About two hours on two CPU cores. To redo a step, delete its file in the build folder and those after it.
+About four hours on two CPU cores, and 20 GB of disk. To redo a step, delete its file in the build folder and those
+after it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from finetune.picto import detector, export, reasoner, scenebank, splits, tower
 def main(
     build: Annotated[Path, typer.Option(help="Scenes and checkpoints go here.")] = Path("build"),
     out: Annotated[Path, typer.Option(help="The finished model goes here.")] = Path("weights/picto"),
-    scenes: Annotated[int, typer.Option(help="Scenes to train on.")] = 24_000,
+    scenes: Annotated[int, typer.Option(help="Scenes to train on.")] = 80_000,
 ) -> None:
     """Render the world, train tower, detector and reasoner, and write the model and its evaluation splits."""
     say = Console().rule
@@ -38,8 +39,8 @@ def main(
         train,
         val,
         build / "tower.pt",
-        steps=600,
-        lr=7e-4,
+        steps=4500,
+        lr=1e-3,
         start=build / "dense.pt",
         detector=build / "detector.pt",
     )

@@ -1,6 +1,6 @@
 """A bank of rendered scenes on disk: training reads pictures and boxes from memory maps instead of painting anew.
 
-    python -m finetune.picto.scenebank build/train --scenes 24000 --seed 1
+    python -m finetune.picto.scenebank build/train --scenes 80000 --seed 1
 
 A bank is a folder: `images.npy` (N, S, S, 3) uint8, `objects.npy` (M, 6) float32 rows of
 (scene, class index, x0, y0, x1, y1 in 0..1) sorted by scene, and `places.json`.
@@ -81,7 +81,7 @@ def _render(index: int, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
 
 def build(
     folder: Annotated[Path, typer.Argument(help="Where the bank is written.")],
-    scenes: Annotated[int, typer.Option(help="How many scenes.")] = 24_000,
+    scenes: Annotated[int, typer.Option(help="How many scenes.")] = 80_000,
     seed: Annotated[int, typer.Option(help="Scenes of different seeds never repeat.")] = 1,
     workers: Annotated[int, typer.Option(help="Processes.")] = 2,
 ) -> None:

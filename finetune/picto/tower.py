@@ -2,7 +2,7 @@
 
     python -m finetune.picto.tower build/train build/val --out build/dense.pt
     python -m finetune.picto.tower build/train build/val --out build/tower.pt \
-        --start build/dense.pt --detector build/detector.pt --steps 600 --lr 7e-4
+        --start build/dense.pt --detector build/detector.pt --steps 4500 --lr 1e-3
 
 First the ResNet alone learns to name the thing in the middle of a small cut-out: twelve times cheaper than a scene,
 and the features carry over since nothing is resized. Then the tower learns on whole scenes which classes cover each
@@ -75,6 +75,7 @@ class DenseTower(nn.Module):
 
     def __init__(self, num_classes: int):
         super().__init__()
+        self.num_classes = num_classes
         self.tower = AutoModel.from_config(tower_config())
         nn.init.trunc_normal_(self.tower.embeddings.position_embeddings, std=0.02)
         self.fine = nn.Conv2d(128, num_classes + 1, 1)  # the class that covers most of a 14 x 14 cell, or none
@@ -94,6 +95,12 @@ class DenseTower(nn.Module):
             coverage,
             centre,
         )
+
+    def look(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 3, S, S) → what the attention layers get (B, 50, W), and how sure each class is there (B, C)."""
+        hidden = self.tower(pixel_values, output_hidden_states=True).hidden_states
+        centre = self.tokens(hidden[-1][:, 1:]).chunk(2, dim=-1)[1]
+        return hidden[0], centre.amax(1).sigmoid()
 
 
 def pixels(images: np.ndarray) -> torch.Tensor:
