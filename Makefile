@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint bench picto clean
+.PHONY: demo test lint bench screenshots ros2 picto clean
 
 demo: $(READY)
 	$(BIN)/detgpt detect examples/kitchen.png "I am thirsty" --output out/kitchen.png
@@ -19,15 +19,24 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.serving
 
-# Train the built-in model anew, from pictograms to weights/picto: about two hours on two cores.
+# The pictures of the web page in docs/images; needs chromium.
+screenshots: $(READY)
+	$(BIN)/python docs/screenshots.py
+
+# A Python with ROS 2 in build/ros2, for tests/test_ros2.py; needs Python 3.12, cmake and a C++ compiler.
+ros2:
+	bash tests/ros2_environment.sh
+
+# Train the built-in model anew, from pictograms to weights/picto: about four hours on two cores.
 picto: $(READY)
 	$(BIN)/python -m finetune.picto.make
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable ".[demo,dev,eval,finetune,groundingdino,openai,pandas,supervision]"
+	$(BIN)/pip install --quiet --editable ".[demo,dev,eval,finetune,groundingdino,openai,pandas,ros,serve,supervision]"
 	touch $(READY)
 
 clean:

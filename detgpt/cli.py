@@ -1,4 +1,4 @@
-"""The command line: `detgpt detect`, `chat`, `models` and `eval`.
+"""The command line: `detgpt detect`, `batch`, `chat`, `demo`, `serve`, `models` and `eval`.
 
     detgpt detect kitchen.png "I am thirsty" --output out.png
 
@@ -8,16 +8,13 @@ in between is `DetGPT`. Nothing heavy is imported before a command needs a model
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
@@ -25,16 +22,19 @@ from PIL import Image
 from rich.table import Table
 
 from detgpt import __version__, terminal
+from detgpt import batch as batches
 from detgpt.answer import ParsedAnswer
 from detgpt.errors import DetGPTError, InputError, ModelError
-from detgpt.images import load_image
-from detgpt.models import PAIRS, ModelPair, resolve
-from detgpt.pipeline import DetGPT, Options
+from detgpt.flags import Choice, with_model
+from detgpt.images import PICTURE_SUFFIXES, load_image
+from detgpt.models import PAIRS, resolve
+from detgpt.pipeline import DetGPT
 from detgpt.reasoners import Turn
-from detgpt.reasoners.scripted import ScriptedReasoner
-from detgpt.results import Detections
+from detgpt.results import Detections, coco_document
+from detgpt.serve import Serving
+from detgpt.serve import run as run_service
+from detgpt.web import demo
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 PICTO_NOTE = "picto knows pictograms only; for photographs add --model base"
 
 EXITS = "Exit status: 0 answered, if only that nothing fits; 1 an error; 2 wrong usage; 130 interrupted."
@@ -68,96 +68,11 @@ def _detgpt(
 ) -> None: ...
 
 
-# ------------------------------------------------------------------------------- which models, which settings
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which models run, and where.
-
-    model: a pair of models by name (see `detgpt models`), or a folder that holds detgpt.json.
-    reasoner: hub id or folder of a reasoner; goes with --detector and stands in for --model.
-    detector: hub id or folder of a Grounding DINO detector; with --names it needs no --reasoner.
-    device: where to run, such as cpu, cuda or cuda:1; a GPU where there is one unless given.
-    dtype: number format of the reasoner's weights, such as float32 or bfloat16.
-    debug: show tracebacks, and the libraries' own messages.
-    """
-
-    model: str = field(default="picto", metadata={"flags": ("--model", "-m")})
-    reasoner: str | None = None
-    detector: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    debug: bool = field(default=False, metadata={"flags": ("--debug",)})
-
-    def pair(self, reasons: bool) -> ModelPair:
-        """The chosen pair; with `reasons` False it may lack its reasoner."""
-        if self.reasoner is None and self.detector is None:
-            return resolve(self.model)
-        if self.detector is None or (reasons and self.reasoner is None):
-            raise typer.BadParameter("name both parts: --reasoner and --detector go together")
-        return ModelPair(self.reasoner or "", self.detector)
-
-    def load(self, settings: dict[str, Any], *, reasons: bool = True) -> DetGPT:
-        pair = self.pair(reasons)
-        options = Options().updated({**pair.options, **settings})
-        parts = [pair.reasoner, pair.detector] if reasons else [pair.detector]
-        # Without reasoning nobody asks the reasoner, so the gigabytes of a real one stay where they are.
-        reasoner = pair.reasoner if reasons else ScriptedReasoner(["Targets: []"])
-        with terminal.loading(self.model if self.detector is None else self.detector, parts, self.debug):
-            return DetGPT(reasoner, pair.detector, device=self.device, dtype=self.dtype, options=options)
-
-
-def _flags(kind: type, heading: str) -> Iterator[inspect.Parameter]:
-    """One flag per field of a dataclass; the field and the docstring give name, type, default and help."""
-    text = inspect.cleandoc(kind.__doc__ or "")
-    described = dict(re.findall(r"^(\w+): (.*(?:\n {4}.*)*)", text, re.MULTILINE))
-    types = get_type_hints(kind)
-    for setting in fields(kind):
-        option = typer.Option(
-            *setting.metadata.get("flags", ()),
-            help=" ".join(described.get(setting.name, "").split()),
-            show_default=False if setting.default in (None, False) else str(setting.default),
-            rich_help_panel=heading,
-        )
-        flag: Any = Annotated[types[setting.name] | None, option]
-        yield inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=flag)
-
-
-def _with_model(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace the parameters `choice` and `settings` by flags for `Choice` and `Options`, and report errors.
-
-    `settings` holds only what was set, so that the model's own options stay its defaults.
-    """
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        chosen, settings = (
-            {flag.name: value for flag in fields(kind) if (value := given.pop(flag.name)) is not None}
-            for kind in (Choice, Options)
-        )
-        with terminal.usage():
-            Options().updated(settings)
-        with terminal.reporting(chosen.get("debug", False)):
-            command(**given, choice=Choice(**chosen), settings=settings)
-
-    signature = inspect.signature(command, eval_str=True)
-    own = [p for p in signature.parameters.values() if p.name not in ("choice", "settings")]
-    run.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[
-            *own,
-            *_flags(Choice, "Models"),
-            *_flags(Options, "Settings, unless the model brings its own"),
-        ]
-    )
-    return run
-
-
 # --------------------------------------------------------------------------------------------------- commands
 
 
 @app.command(no_args_is_help=True, epilog=EXITS)
-@_with_model
+@with_model
 def detect(
     arguments: Annotated[
         list[str],
@@ -215,7 +130,7 @@ def detect(
             failed = True
             terminal.print_error(str(error) if title in str(error) else f"{title}: {error}")
     if as_coco:
-        terminal.print_json(terminal.coco(found))
+        terminal.print_json(coco_document(found))
     if choice.model == "picto" and choice.detector is None and not (as_json or as_coco):
         terminal.hint(PICTO_NOTE)
     if failed:
@@ -223,7 +138,45 @@ def detect(
 
 
 @app.command(no_args_is_help=True)
-@_with_model
+@with_model
+def batch(
+    source: Annotated[
+        str,
+        typer.Argument(help="A folder, a quoted pattern such as 'photos/*.jpg', or a list.jsonl.", show_default=False),
+    ],
+    instruction: Annotated[str | None, typer.Option("--instruction", "-i", help="What you need.")] = None,
+    names: Annotated[str | None, typer.Option(help="Look for these things without reasoning: cup,bottle.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Results: .jsonl, .json (COCO) or .parquet.")] = Path(
+        "detections.jsonl"
+    ),
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that go through the models together.")] = 8,
+    *,
+    choice: Choice,
+    settings: dict[str, Any],
+) -> None:
+    """Answer a wish for many images; started again, it goes on where it was interrupted.
+
+    detgpt batch photos/ -i "I am thirsty" -o found.jsonl
+
+    A line of a list is {"image": "a.jpg"}, and may have an "instruction" or "names" of its own. A picture that
+    cannot be read is noted in the results, and the rest goes on.
+    """
+    if instruction and names:
+        raise typer.BadParameter("--instruction and --names exclude each other: choose one")
+    with terminal.usage():
+        jobs = batches.read_jobs(source, names.split(",") if names else instruction)
+    model = choice.load(settings, reasons=any(isinstance(job.wish, str) for job in jobs))
+    with terminal.progress(f"{len(jobs)} images") as progress:
+        outcome = batches.run(model, jobs, output, batch_size=batch_size, progress=progress)
+    unreadable = f", {outcome.unreadable} could not be read" if outcome.unreadable else ""
+    earlier = f", {outcome.earlier} were there already" if outcome.earlier else ""
+    terminal.note(f"wrote {output}: {outcome.answered} images answered{unreadable}{earlier}")
+    if outcome.unreadable:
+        raise typer.Exit(1)
+
+
+@app.command(no_args_is_help=True)
+@with_model
 def chat(
     image: Annotated[str, typer.Argument(help="The image to talk about: path or URL.", show_default=False)],
     *,
@@ -257,6 +210,21 @@ def chat(
             if choice.debug:
                 raise
             terminal.print_error(str(error))
+
+
+@app.command()
+@with_model
+def serve(*, choice: Choice, serving: Serving, settings: dict[str, Any]) -> None:
+    """Answer over HTTP: POST /v1/detect. Ctrl-C or SIGTERM lets running requests finish.
+
+    detgpt serve --port 8000
+
+    curl -F image=@kitchen.png -F instruction="I am thirsty" http://127.0.0.1:8000/v1/detect
+    """
+    run_service(lambda: choice.load(settings), serving)
+
+
+app.command()(demo)
 
 
 @app.command()

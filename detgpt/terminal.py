@@ -57,19 +57,6 @@ def print_boxes(result: Detections) -> None:
         out.print(plain(f"not found in the picture: {', '.join(missed)}"), soft_wrap=not out.is_terminal)
 
 
-def coco(found: Sequence[tuple[str, Detections]]) -> dict[str, list[dict[str, Any]]]:
-    """One COCO document of all images, with common categories."""
-    names = list(dict.fromkeys(target.name for _, result in found for target in result.targets))
-    categories = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
-    document: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
-    for number, (title, result) in enumerate(found, start=1):
-        annotation_id = len(document["annotations"]) + 1
-        part = result.to_coco(number, file_name=title, categories=names, first_annotation_id=annotation_id)
-        document["images"] += part["images"]
-        document["annotations"] += part["annotations"]
-    return document
-
-
 def print_json(value: dict[str, Any]) -> None:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     # A file name that is no UTF-8 comes as lone surrogates; their backslash form is also JSON's own escape.

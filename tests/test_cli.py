@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -250,45 +247,10 @@ def test_the_version(run: Run) -> None:
     assert run("--version").stdout == f"detgpt {detgpt.__version__}\n"
 
 
-# --- the page in the browser ---
+# --- the service ---
 
 
-@pytest.fixture(scope="module")
-def page() -> ModuleType:
-    pytest.importorskip("gradio")
-    spec = importlib.util.spec_from_file_location("app", REPOSITORY / "app.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def ask(page: ModuleType, tiny_pair_folder: Path) -> Callable[..., Iterator[tuple[Any, str, list[list[Any]]]]]:
-    """What the page's one button runs."""
-    blocks = page.build(detgpt.DetGPT.from_pretrained(tiny_pair_folder, device="cpu"))
-    (detect,) = [function.fn for function in blocks.fns.values() if function.api_name == "detect"]
-    return detect
-
-
-def test_the_page_streams_the_reasoning_then_shows_picture_and_boxes(ask: Callable[..., Any]) -> None:
-    *pieces, (picture, said, rows) = ask(Image.open("a.png"), "drink", 0.0)
-    assert pieces[-1][1] == 'A desk.\nTargets: ["cup"]'
-    assert picture.size == (560, 420)  # enlarged, so that the labels are readable
-    assert said == "A desk."
-    assert rows and all(row[0] == "cup" and len(row) == 7 for row in rows)
-
-
-@pytest.mark.parametrize(("picture", "wish"), [(None, "drink"), (Image.new("RGB", (9, 9)), " ")])
-def test_the_page_says_what_is_missing(ask: Callable[..., Any], picture: Any, wish: str) -> None:
-    import gradio
-
-    with pytest.raises(gradio.Error, match="Choose a picture and say"):
-        next(ask(picture, wish, 0.25))
-
-
-def test_the_page_shows_an_error_of_the_library(ask: Callable[..., Any]) -> None:
-    import gradio
-
-    with pytest.raises(gradio.Error, match="box_threshold=7"):
-        next(ask(Image.new("RGB", (9, 9)), "drink", 7))
+def test_the_service_is_told_its_settings(run: Run) -> None:
+    ran = run("serve", "--queue", 0)
+    assert ran.exit_code == 2
+    assert "queue=0" in ran.stderr
