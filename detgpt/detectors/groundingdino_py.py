@@ -223,30 +223,27 @@ def _build(settings: SimpleNamespace, config_path: str | Path, text_encoder: str
 
 @contextmanager
 def _our_text_encoder() -> Iterator[None]:
-    """Let the package build its text encoder with `_load_bert`, from any folder, and without printing."""
-    from groundingdino.util import get_tokenlizer as package
+    """Let the package build its model around a `_Bert` from any folder, and without printing."""
+    from groundingdino.models.GroundingDINO import groundingdino as package
+    from groundingdino.util import get_tokenlizer as texts
 
-    theirs = package.get_tokenlizer, package.get_pretrained_language_model
-    package.get_tokenlizer, package.get_pretrained_language_model = AutoTokenizer.from_pretrained, _load_bert
+    theirs = texts.get_tokenlizer, texts.get_pretrained_language_model, package.BertModelWarper
+    texts.get_tokenlizer, texts.get_pretrained_language_model = AutoTokenizer.from_pretrained, _Bert.from_pretrained
+    package.BertModelWarper = lambda bert_model: bert_model
     try:
         yield
     finally:
-        package.get_tokenlizer, package.get_pretrained_language_model = theirs
+        texts.get_tokenlizer, texts.get_pretrained_language_model, package.BertModelWarper = theirs
 
 
-def _load_bert(source: str) -> BertModel:
-    """A BERT with the three methods that the package takes from it and transformers 5 no longer has."""
+class _Bert(BertModel):
+    """A BERT that reads the package's mask, (B, T, T): each phrase sees itself only.
 
-    def get_extended_attention_mask(mask: torch.Tensor, shape: Any, device: Any = None) -> torch.Tensor:
-        # (B, T, T) or (B, T), True where attention is allowed → an additive (B, 1, T or 1, T).
-        mask = (mask if mask.dim() == 3 else mask[:, None, :])[:, None].to(bert.dtype)
-        return (1 - mask) * torch.finfo(bert.dtype).min
+    It stands in for the package's wrapper, which calls the layers of a BERT as they were in transformers 4.
+    """
 
-    bert: Any = BertModel.from_pretrained(source)
-    bert.get_extended_attention_mask = get_extended_attention_mask
-    bert.invert_attention_mask = lambda mask: get_extended_attention_mask(mask, mask.shape)
-    bert.get_head_mask = lambda head_mask, layers: [None] * layers
-    return bert
+    def forward(self, attention_mask: torch.Tensor, **inputs: Any) -> Any:
+        return super().forward(attention_mask=attention_mask[:, None], **inputs)
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
