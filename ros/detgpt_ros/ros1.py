@@ -157,11 +157,9 @@ def _own_parameters() -> dict[str, Any]:
 
 
 def _is_known_to_master() -> bool:
-    try:
-        rosgraph.Master(rospy.get_name()).lookupNode(rospy.get_name())
-        return True
-    except rosgraph.MasterError:
-        return False
+    """Whether the master knows our topics; the node's name it also knows after a mere log message of ours."""
+    publishers, _, _ = rosgraph.Master(rospy.get_name()).getSystemState()
+    return rospy.get_name() in dict(publishers).get(rospy.resolve_name("~detections"), [])
 
 
 def _register_anew() -> None:
