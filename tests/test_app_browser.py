@@ -32,6 +32,8 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: 
 
 from detgpt.web import launch  # noqa: E402
 
+expect.set_options(timeout=WAIT)
+
 Open = Callable[..., Page]
 
 
@@ -70,7 +72,7 @@ def visit(browser: Browser, server: str) -> Iterator[Open]:
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
         page.goto(server)
-        expect(page.get_by_alt_text("kitchen.png")).to_be_visible(timeout=WAIT)
+        expect(page.get_by_alt_text("kitchen.png")).to_be_visible()
         return page
 
     yield open_page
@@ -84,13 +86,17 @@ def ask(page: Page, wish: str) -> None:
     field, before = page.locator("#wish textarea"), page.locator("#chat .bot").count()
     field.fill(wish)
     field.press("Enter")
-    expect(page.locator("#chat .bot")).to_have_count(before + 1, timeout=WAIT)
-    expect(page.locator("#detect")).to_have_text("Detect", timeout=WAIT)
-    expect(field).to_have_value("", timeout=WAIT)
+    expect(page.locator("#chat .bot")).to_have_count(before + 1)
+    expect(page.locator("#detect")).to_have_text("Detect")
+    expect(field).to_have_value("")
 
 
-def open_part(page: Page, title: str) -> None:
-    page.locator("#picture-tab, .tabitem").first.get_by_role("button", name=title).click()
+def open_part(page: Page, title: str, tab: int = 0) -> None:
+    """Open it as a person does: Gradio sets what has just appeared once more in the next frame."""
+    page.locator(".tabitem").nth(tab).get_by_role("button", name=title).click()
+    page.evaluate("""() => new Promise((done) => {
+        requestAnimationFrame(() => requestAnimationFrame(() => requestIdleCallback(() => done())));
+    })""")
 
 
 def choose_tiny(page: Page, folder: Path) -> None:
@@ -104,7 +110,7 @@ def test_one_click_answers_the_wish_that_waits_there(visit: Open) -> None:
     expect(page).to_have_title("DetGPT")
     expect(page.get_by_label("What do you need?")).to_have_value("I am thirsty")
     page.get_by_role("button", name="Detect").click()
-    expect(page.locator(".box").first).to_be_visible(timeout=WAIT)
+    expect(page.locator(".box").first).to_be_visible()
     result = detgpt.detect(KITCHEN, "I am thirsty")
     expect(page.locator("#chat")).to_contain_text(result.reasoning)
     expect(page.locator(".box")).to_have_count(len(result))
@@ -147,8 +153,8 @@ def test_a_follow_up_knows_the_wish_before_it(visit: Open) -> None:
     page = visit()
     ask(page, "I am thirsty")
     page.get_by_role("button", name="only something hot").click()  # a suggestion asks by itself
-    expect(page.locator("#chat .bot")).to_have_count(2, timeout=WAIT)
-    expect(page.locator("#detect")).to_have_text("Detect", timeout=WAIT)
+    expect(page.locator("#chat .bot")).to_have_count(2)
+    expect(page.locator("#detect")).to_have_text("Detect")
     chat = detgpt.DetGPT.from_pretrained("picto", device="cpu").chat(KITCHEN)
     chat.ask("I am thirsty")
     expected = chat.ask("only something hot")
@@ -223,15 +229,15 @@ def test_bad_uploads_are_refused_and_a_good_one_is_taken(visit: Open, tmp_path: 
         ("wide.png", "'wide.png' is 20,000 x 40 pixels"),
     ):
         field.set_input_files(tmp_path / name)
-        expect(page.get_by_text(says)).to_be_visible(timeout=WAIT)
-        expect(page.get_by_text("Drop Image Here")).to_be_visible(timeout=WAIT)  # ready for another try
+        expect(page.get_by_text(says)).to_be_visible()
+        expect(page.get_by_text("Drop Image Here")).to_be_visible()  # ready for another try
         expect(page.get_by_text("Traceback")).to_have_count(0)
     page.get_by_role("button", name="Back to the picture").click()
     expect(page.locator(".box").first).to_be_visible()  # nothing is lost
     page.get_by_role("button", name="Your own").click()
     Image.open(KITCHEN).convert("RGB").save(tmp_path / "my kitchen.jpg", quality=95)
     field.set_input_files(tmp_path / "my kitchen.jpg")
-    expect(page.get_by_alt_text("my kitchen.jpg")).to_be_visible(timeout=WAIT)
+    expect(page.get_by_alt_text("my kitchen.jpg")).to_be_visible()
     expect(page.locator("#chat")).to_be_hidden()  # another picture, another conversation
     expect(page.get_by_text("knows drawn pictograms, not photographs")).to_be_visible()
     ask(page, "I am thirsty")
@@ -251,7 +257,7 @@ def test_two_visitors_do_not_meet(visit: Open) -> None:
     first.locator("#wish textarea").press("Enter")
     second.locator("#wish textarea").press("Enter")
     for page, names in ((second, {"umbrella"}), (first, {"coffee", "soda"})):
-        expect(page.locator(".targets")).to_be_visible(timeout=WAIT)
+        expect(page.locator(".targets")).to_be_visible()
         labels = {re.sub(r" [\d.]+$", "", tag) for tag in page.locator(".tag").all_inner_texts()}
         assert labels == names
         expect(page.locator("#chat .user")).to_have_count(1)
@@ -310,18 +316,18 @@ def test_the_keyboard_alone_is_enough(visit: Open) -> None:
         if page.evaluate("document.activeElement.textContent").strip() == "Detect":
             break
     page.keyboard.press("Enter")
-    expect(page.locator(".box").first).to_be_visible(timeout=WAIT)
+    expect(page.locator(".box").first).to_be_visible()
 
 
 def test_a_clip_gets_its_boxes(visit: Open) -> None:
     page = visit()
     page.get_by_role("tab", name="Video").click()
     video = page.get_by_role("tabpanel").filter(has=page.locator("#clip"))
-    video.get_by_role("button", name="Advanced").click()
+    open_part(page, "Advanced", tab=1)
     video.get_by_label("number input for Frames a second").fill("1")
     page.keyboard.press("Enter")
     page.locator("#clip-detect").click()
-    expect(page.locator("#clip-progress progress")).to_be_visible(timeout=WAIT)
+    expect(page.locator("#clip-progress progress")).to_be_visible()
     expect(page.locator("#clip-result video")).to_be_visible(timeout=2 * WAIT)
     page.wait_for_function("document.querySelector('#clip-result video').readyState > 1", timeout=WAIT)
     assert page.locator("#clip-result video").evaluate("video => video.duration") == pytest.approx(6, abs=0.5)
