@@ -36,7 +36,7 @@ def main() -> None:
             _ask(visitor, "I am thirsty")
             _take(visitor, name)
             if name == "desktop":
-                _ask(visitor, "only something hot")
+                _ask(visitor, "I want to read")
                 visitor.get_by_role("button", name="Take it with you").click()
                 visitor.wait_for_timeout(800)
                 _take(visitor, "conversation", full_page=True)

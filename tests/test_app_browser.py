@@ -152,21 +152,21 @@ def test_a_target_lights_up_its_boxes_with_mouse_and_keyboard(visit: Open) -> No
 def test_a_follow_up_knows_the_wish_before_it(visit: Open) -> None:
     page = visit()
     ask(page, "I am thirsty")
-    page.get_by_role("button", name="only something hot").click()  # a suggestion asks by itself
+    page.get_by_role("button", name="I want to read").click()  # a suggestion asks by itself
     expect(page.locator("#chat .bot")).to_have_count(2)
     expect(page.locator("#detect")).to_have_text("Detect")
     chat = detgpt.DetGPT.from_pretrained("picto", device="cpu").chat(KITCHEN)
     chat.ask("I am thirsty")
-    expected = chat.ask("only something hot")
+    expected = chat.ask("I want to read")
     expect(page.locator("#chat .bot").nth(1)).to_contain_text(expected.reasoning)
     expect(page.locator(".box")).to_have_count(len(expected))
     open_part(page, "Take it with you")
-    expect(page.locator("#code")).to_contain_text('result = chat.ask("only something hot")')
+    expect(page.locator("#code")).to_contain_text('result = chat.ask("I want to read")')
     page.get_by_role("button", name="New conversation").click()
     expect(page.locator("#chat")).to_be_hidden()
     expect(page.locator(".box")).to_have_count(0)
-    ask(page, "only something hot")
-    alone = detgpt.detect(KITCHEN, "only something hot")
+    ask(page, "I want to read")
+    alone = detgpt.detect(KITCHEN, "I want to read")
     expect(page.locator("#chat .bot")).to_contain_text(alone.reasoning)
 
 

@@ -30,9 +30,9 @@ class Sample:
 
 
 PICTURES = (
-    Sample("kitchen.png", ("I am thirsty", "only something hot", "something to eat", "it is raining")),
-    Sample("desk.png", ("I want to write something down", "my finger is bleeding", "it is raining", "I am thirsty")),
-    Sample("park.png", ("it is raining", "I want to write something down", "something to eat", "I am thirsty")),
+    Sample("kitchen.png", ("I am thirsty", "I want to read", "I need something to cook with", "it is raining")),
+    Sample("desk.png", ("I want to write something down", "it is too dark", "something to eat", "it is raining")),
+    Sample("park.png", ("it is raining", "I want to fly something", "I want to make music", "I am thirsty")),
     Sample("workshop.png", ("something sharp", "my finger is bleeding", "I want to make music", "I am thirsty")),
 )
 CLIP = Sample("walk.mp4", ("something to eat", "it is raining"))

@@ -11,7 +11,7 @@ from finetune.picto.knowledge import load_knowledge
 from finetune.picto.scenes import make_scene
 
 FOLDER = Path(__file__).parent.parent.parent / "examples"
-EXAMPLES = {"kitchen": 888, "workshop": 1422, "park": 1561, "desk": 1860}
+EXAMPLES = {"kitchen": 207268, "workshop": 6107, "park": 31588, "desk": 6858}
 
 
 def main() -> None:
