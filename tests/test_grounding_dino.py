@@ -321,6 +321,11 @@ def break_weights_absent(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def break_weights_pickled(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
 def break_weights_cut(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
@@ -348,6 +353,7 @@ def break_special_ids(folder: Path) -> None:
         (break_nothing_there, "Check the hub id or the folder"),
         (break_another_kind, "type 'bert'; this detector reads grounding-dino, mm-grounding-dino"),
         (break_weights_absent, "must hold .*model.safetensors"),
+        (break_weights_pickled, "must hold .*model.safetensors"),
         (break_weights_cut, "Cannot load"),
         (break_tensor_missing, "lack 1 tensors .* model.text_projection.weight"),
         (break_shapes, "Cannot load"),

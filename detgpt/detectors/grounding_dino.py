@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from detgpt.detectors import Grounding
+from detgpt.detectors.checkpoint import load_checkpoint
 from detgpt.detectors.spans import TokenScores, check_query, ground_images, make_prompts
 from detgpt.device import choose_device
 from detgpt.errors import InputError, ModelError
@@ -63,7 +62,8 @@ class GroundingDinoDetector:
         self.name = str(model_id_or_folder)
         self.device = choose_device(device)
         self.max_prompts_per_pass = max_prompts_per_pass
-        self.processor, self.model = _load(self.name, _torch_dtype(dtype), revision)
+        self.processor, self.model = load_checkpoint(self.name, MODEL_TYPES, dtype, revision)
+        _check_tokenizer(self.name, self.processor)
         self.model.to(self.device).eval()
         self._lock = threading.Lock()
 
@@ -150,46 +150,8 @@ def _replaying(backbone: nn.Module, feature_maps: list[tuple[torch.Tensor, torch
         backbone.conv_encoder = encoder
 
 
-def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
-    if not isinstance(resolved, torch.dtype):
-        raise InputError(f"dtype must name a torch dtype such as 'float32' or 'bfloat16', got {dtype!r}.")
-    return resolved
-
-
-def _load(source: str, dtype: torch.dtype, revision: str | None) -> tuple[Any, Any]:
-    """Processor and model of a checkpoint, checked to be whole and of a kind this file can read."""
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-    try:
-        model_type = AutoConfig.from_pretrained(source, **options).model_type
-        if model_type not in MODEL_TYPES:
-            raise ModelError(
-                f"{source} is a model of type {model_type!r}; this detector reads {', '.join(MODEL_TYPES)}."
-            )
-        processor = AutoProcessor.from_pretrained(source, **options)
-        model, report = AutoModelForZeroShotObjectDetection.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"Cannot load a Grounding DINO from {source}: {error} Check the hub id or the folder, which must "
-            "hold config.json, model.safetensors, and the files of the processor and the tokenizer."
-        ) from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ModelError(
-            f"The weights in {source} lack {len(missing)} tensors of its config.json, such as {missing[0]}; "
-            "they would run as random numbers. Download the checkpoint again or use its own config."
-        )
-    _check_tokenizer(source, processor)
-    return processor, model
-
-
 def _check_tokenizer(source: str, processor: Any) -> None:
-    tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None or not tokenizer.is_fast:
-        raise ModelError(f"{source} lacks a fast tokenizer, which finds the names' tokens; add tokenizer.json.")
-    found = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_IDS}
+    found = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_IDS}
     if found != SPECIAL_IDS:
         raise ModelError(
             f"The tokenizer in {source} numbers its special tokens {found}; Grounding DINO in transformers "
