@@ -368,7 +368,7 @@ def test_a_checkpoint_that_cannot_work_says_so_at_loading(folders, tmp_path, dam
 
 
 def test_a_token_belongs_to_the_name_whose_characters_it_covers():
-    cup, glasses = make_prompts(["Cup", "Red Glasses"], "joint", lambda text: 3, 64)[0].spans
+    cup, glasses = make_prompts(["Cup", "Red Glasses"], "joint", lambda text: [True] * 3, 64)[0].spans
     encoded = tokenizer()("cup . red glasses . ", return_offsets_mapping=True)
     offsets = np.array(encoded["offset_mapping"])
     words = encoded.tokens()

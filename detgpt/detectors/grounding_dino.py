@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,15 @@ from torch import nn
 
 from detgpt.detectors import Grounding
 from detgpt.detectors.checkpoint import load_checkpoint
-from detgpt.detectors.spans import TokenScores, check_query, ground_images, make_prompts
+from detgpt.detectors.spans import (
+    Prompt,
+    TokenScores,
+    check_query,
+    ground_images,
+    known_offsets,
+    known_tokens,
+    make_prompts,
+)
 from detgpt.device import choose_device
 from detgpt.errors import InputError, ModelError
 
@@ -82,23 +91,20 @@ class GroundingDinoDetector:
         boxes; the image encoder still runs once per image. A box needs a name score of `box_threshold`.
         `prompting="joint"`: the names share one prompt (a second one past the checkpoint's `max_text_len`
         tokens). A box needs `box_threshold` at the prompt's best token and `text_threshold` at its name.
-        Raises `InputError` for thresholds outside [0, 1], another `prompting`, an empty or endless name.
+        Raises `InputError` for thresholds outside [0, 1], another `prompting`, or a name that it cannot read.
         """
         check_query(images, names, box_threshold, text_threshold, prompting)
         with self._lock, torch.inference_mode():
-            max_tokens = self.model.config.max_text_len
+            known, max_tokens = partial(known_tokens, self.processor.tokenizer), self.model.config.max_text_len
             return ground_images(
                 images,
-                [make_prompts(asked, prompting, self._count_tokens, max_tokens) for asked in names],
+                [make_prompts(asked, prompting, known, max_tokens) for asked in names],
                 encode=self._encode,
                 fuse=self._fuse,
                 max_prompts_per_pass=self.max_prompts_per_pass,
                 box_threshold=box_threshold,
                 text_threshold=text_threshold if prompting == "joint" else None,
             )
-
-    def _count_tokens(self, text: str) -> int:
-        return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _encode(self, images: list[Image.Image]) -> _Encoded:
         pixels = self.processor.image_processor(images=images, do_pad=True, return_tensors="pt")
@@ -107,13 +113,19 @@ class GroundingDinoDetector:
         feature_maps = self.model.model.backbone.conv_encoder(pixel_values, pixel_mask)
         return _Encoded(pixel_values, pixel_mask, feature_maps)
 
-    def _fuse(self, encoded: _Encoded, rows: list[int], texts: list[str]) -> Iterator[TokenScores]:
+    def _fuse(self, encoded: _Encoded, rows: list[int], prompts: list[Prompt]) -> Iterator[TokenScores]:
         # Shorter prompts are padded. The padding is masked in the text encoder, in both directions of the
         # fusion and in the decoder, and its logits are -inf, so that a prompt's scores do not depend on it.
-        tokens = self.processor.tokenizer(
-            texts, padding=True, return_tensors="pt", return_offsets_mapping=True, return_token_type_ids=True
+        tokenizer = self.processor.tokenizer
+        tokens = tokenizer(
+            [prompt.text for prompt in prompts],
+            padding=True,
+            return_tensors="pt",
+            return_offsets_mapping=True,
+            return_token_type_ids=True,
         )
-        offsets = tokens.pop("offset_mapping").numpy()
+        offsets = known_offsets(tokenizer, tokens)
+        del tokens["offset_mapping"]
         features = [(maps[rows], mask[rows]) for maps, mask in encoded.feature_maps]
         with _replaying(self.model.model.backbone, features):
             output = self.model(
