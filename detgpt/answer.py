@@ -89,6 +89,15 @@ class ParsedAnswer:
             raise InputError(f"names={list(names)!r} holds no name or an empty one: give at least one word for each")
         return cls(once, ((0, 0),) * len(once), reasoning="")
 
+    def without(self, name: str, problem: str) -> ParsedAnswer:
+        """The other names, and `problem`, which says why this one is gone, where it was among them."""
+        if name not in self.names:
+            return self
+        kept = [i for i, other in enumerate(self.names) if other != name]
+        names, spans = tuple(self.names[i] for i in kept), tuple(self.spans[i] for i in kept)
+        problems = " ".join(filter(None, [self.problem, problem]))
+        return ParsedAnswer(names, spans, self.reasoning, problems)
+
 
 def parse_answer(text: str) -> ParsedAnswer:
     """Read the last answer line of `text`. Never raises; linear in the length of `text`."""

@@ -3,7 +3,8 @@
     Exception
     └── DetGPTError
         ├── InputError (also ValueError)          a wrong argument: a threshold of 7, an empty instruction
-        │   └── ImageError                        the image cannot be read or fetched, or is over a limit
+        │   ├── ImageError                        the image cannot be read or fetched, or is over a limit
+        │   └── UnreadableNameError               the detector cannot read a name: too long, an unknown script
         ├── ModelError                            a checkpoint is missing, of the wrong kind, or does not load
         └── MissingExtraError (also ImportError)  an optional package is not installed
 
@@ -12,7 +13,7 @@ Callers' mistakes raise; a model's mistakes do not: a malformed answer is data, 
 
 from __future__ import annotations
 
-__all__ = ["DetGPTError", "ImageError", "InputError", "MissingExtraError", "ModelError"]
+__all__ = ["DetGPTError", "ImageError", "InputError", "MissingExtraError", "ModelError", "UnreadableNameError"]
 
 
 class DetGPTError(Exception):
@@ -25,6 +26,24 @@ class InputError(DetGPTError, ValueError):
 
 class ImageError(InputError):
     """The image cannot be read or fetched, or is over a limit."""
+
+
+class UnreadableNameError(InputError):
+    """The detector cannot read a name; the message says why.
+
+    Raised for a caller's names. A reasoner's go into `Detections.problem`, and the others are looked for.
+
+    Args:
+        name: the name.
+        message: what is wrong with it, and the remedy.
+    """
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+    def __reduce__(self) -> tuple[type[UnreadableNameError], tuple[str, str]]:
+        return type(self), (self.name, str(self))
 
 
 class ModelError(DetGPTError):

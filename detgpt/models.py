@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,13 +105,34 @@ def load_reasoner(reasoner: str | Path | Reasoner, **loading: Any) -> Reasoner:
     return HuggingFaceReasoner(reasoner, **loading)
 
 
+# What a checkpoint's config.json calls its model_type → the file in detectors/ and the class that load it.
+DETECTORS = {
+    "grounding-dino": ("grounding_dino", "GroundingDinoDetector"),
+    "mm-grounding-dino": ("grounding_dino", "GroundingDinoDetector"),  # also LLMDet
+    "omdet-turbo": ("omdet_turbo", "OmDetTurboDetector"),
+    "owlv2": ("owlv2", "Owlv2Detector"),
+    "owlvit": ("owlv2", "Owlv2Detector"),
+}
+
+
 def load_detector(detector: str | Path | Detector, **loading: Any) -> Detector:
-    """A detector as it is, or the checkpoint of that hub id or folder."""
+    """A detector as it is, or the checkpoint of that hub id or folder, whose config.json says which of `DETECTORS`.
+
+    Raises `ModelError` for a checkpoint of another kind, or one that does not load.
+    """
     if not isinstance(detector, (str, Path)):
         return _with_verb(detector, "detector", "detect")
-    from detgpt.detectors.grounding_dino import GroundingDinoDetector
+    from detgpt.detectors.checkpoint import read_model_type
 
-    return GroundingDinoDetector(detector, **loading)
+    model_type = read_model_type(str(detector), loading.get("revision"))
+    if model_type not in DETECTORS:
+        raise ModelError(
+            f"{detector} is a model of type {model_type!r}, which is no detector known here: "
+            f"give a checkpoint of type {', '.join(DETECTORS)}"
+        )
+    file, name = DETECTORS[model_type]
+    backend: Detector = getattr(import_module(f"detgpt.detectors.{file}"), name)(detector, **loading)
+    return backend
 
 
 def _with_verb(part: Any, kind: str, verb: str) -> Any:

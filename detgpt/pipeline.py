@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from detgpt.answer import RETRY_INSTRUCTION, ParsedAnswer, name_confidence, parse_answer
 from detgpt.boxes import nms_per_target, one_target_per_box
-from detgpt.errors import InputError
+from detgpt.errors import InputError, UnreadableNameError
 from detgpt.images import ImageSource, load_image
 from detgpt.models import load_detector, load_reasoner, resolve
 from detgpt.reasoners import RawAnswer, Request, Turn
@@ -184,7 +184,15 @@ class DetGPT:
                     parsed[i] = replace(answer, reasoning=answer.reasoning or parsed[i].reasoning)
                     raws[i] = raw
         images, instructions = [r.image for r in requests], [r.instruction for r in requests]
-        return self._ground(images, instructions, parsed, raws, options)
+        while True:
+            try:
+                return self._ground(images, instructions, parsed, raws, options)
+            except UnreadableNameError as error:
+                # The reasoner's mistake, not the caller's: look for its other names. Detectors read names first.
+                readable = [answer.without(error.name, str(error)) for answer in parsed]
+                if readable == parsed:
+                    raise
+                parsed = readable
 
     def _ground(
         self,

@@ -321,6 +321,11 @@ def break_weights_absent(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def break_weights_pickled(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
 def break_weights_cut(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
@@ -348,6 +353,7 @@ def break_special_ids(folder: Path) -> None:
         (break_nothing_there, "Check the hub id or the folder"),
         (break_another_kind, "type 'bert'; this detector reads grounding-dino, mm-grounding-dino"),
         (break_weights_absent, "must hold .*model.safetensors"),
+        (break_weights_pickled, "must hold .*model.safetensors"),
         (break_weights_cut, "Cannot load"),
         (break_tensor_missing, "lack 1 tensors .* model.text_projection.weight"),
         (break_shapes, "Cannot load"),
@@ -362,7 +368,7 @@ def test_a_checkpoint_that_cannot_work_says_so_at_loading(folders, tmp_path, dam
 
 
 def test_a_token_belongs_to_the_name_whose_characters_it_covers():
-    cup, glasses = make_prompts(["Cup", "Red Glasses"], "joint", lambda text: 3, 64)[0].spans
+    cup, glasses = make_prompts(["Cup", "Red Glasses"], "joint", lambda text: [True] * 3, 64)[0].spans
     encoded = tokenizer()("cup . red glasses . ", return_offsets_mapping=True)
     offsets = np.array(encoded["offset_mapping"])
     words = encoded.tokens()

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 from detgpt.detectors import Grounding
 from detgpt.detectors.groundingdino_py import GroundingDinoPyDetector, _build, _read_config
-from detgpt.errors import InputError, MissingExtraError, ModelError
+from detgpt.errors import InputError, MissingExtraError, ModelError, UnreadableNameError
 
 WORDS = ["cup", "bottle", "red", "wine", "glass", "##es", "table", "cold", "of"]
 LONG = "cold glass of wine"  # four tokens
@@ -170,6 +170,17 @@ def test_joint_prompting_scores_each_box_by_the_tokens_of_its_best_name(detector
     )[0]
     assert grounding.name_index.tolist() == by_name.argmax(axis=1)[order].tolist()
     assert_same((grounding.boxes, grounding.scores), (boxes[order], by_name.max(axis=1)[order]))
+
+
+def test_a_name_is_scored_by_what_is_known_of_it(detector):
+    image = picture()
+    probabilities, boxes, tokens = plain_forward(detector, image, "☕ cup .")
+    assert tokens == ["[CLS]", "[UNK]", "cup", ".", "[SEP]"]
+    order = np.argsort(-probabilities[:, 2], kind="stable")
+    grounding = detector.detect([image], [["☕ cup"]], box_threshold=0)[0]
+    assert_same((grounding.boxes, grounding.scores), (boxes[order], probabilities[order, 2]))
+    with pytest.raises(UnreadableNameError, match="no part of the name '杯子'"):
+        detector.detect([image], [["cup", "杯子"]])
 
 
 def text_features(detector: GroundingDinoPyDetector, text: str) -> torch.Tensor:

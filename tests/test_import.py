@@ -31,10 +31,11 @@ HEAVY = [
     [
         "import detgpt",
         "import detgpt; [getattr(detgpt, name) for name in detgpt.__all__]",
+        "import detgpt.models",
         "import detgpt.cli",
         "import sys; sys.argv = ['detgpt', 'detect', '--help']; from detgpt.cli import main; main()",
     ],
-    ids=["import detgpt", "every public name", "the command line", "detgpt detect --help"],
+    ids=["import detgpt", "every public name", "the models", "the command line", "detgpt detect --help"],
 )
 def test_nothing_heavy_is_imported(code: str) -> None:
     report = f"import atexit, sys; atexit.register(lambda: print(*set(sys.modules) & set({HEAVY}), file=sys.stderr))"

@@ -45,6 +45,9 @@ class Detector(Protocol):
     ) -> list[Grounding]:
         """Return one `Grounding` per image; `names[i]` are the names to look for in `images[i]`.
 
-        Raises `InputError` for thresholds outside [0, 1], an unknown `prompting` or an empty name.
+        `prompting="separate"`: what else is asked does not change a name's boxes; "joint": it may.
+
+        Raises `InputError` for thresholds outside [0, 1] or an unknown `prompting`, and, before any work on the
+        images, `UnreadableNameError` for a name that it cannot read, such as an empty one.
         """
         ...

@@ -11,17 +11,25 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from detgpt.detectors import Grounding
-from detgpt.detectors.spans import TokenScores, check_query, ground_images, make_prompts
+from detgpt.detectors.checkpoint import load_checkpoint
+from detgpt.detectors.spans import (
+    Prompt,
+    TokenScores,
+    check_query,
+    ground_images,
+    known_offsets,
+    known_tokens,
+    make_prompts,
+)
 from detgpt.device import choose_device
 from detgpt.errors import InputError, ModelError
 
@@ -63,7 +71,8 @@ class GroundingDinoDetector:
         self.name = str(model_id_or_folder)
         self.device = choose_device(device)
         self.max_prompts_per_pass = max_prompts_per_pass
-        self.processor, self.model = _load(self.name, _torch_dtype(dtype), revision)
+        self.processor, self.model = load_checkpoint(self.name, MODEL_TYPES, dtype, revision)
+        _check_tokenizer(self.name, self.processor)
         self.model.to(self.device).eval()
         self._lock = threading.Lock()
 
@@ -82,23 +91,20 @@ class GroundingDinoDetector:
         boxes; the image encoder still runs once per image. A box needs a name score of `box_threshold`.
         `prompting="joint"`: the names share one prompt (a second one past the checkpoint's `max_text_len`
         tokens). A box needs `box_threshold` at the prompt's best token and `text_threshold` at its name.
-        Raises `InputError` for thresholds outside [0, 1], another `prompting`, an empty or endless name.
+        Raises `InputError` for thresholds outside [0, 1], another `prompting`, or a name that it cannot read.
         """
         check_query(images, names, box_threshold, text_threshold, prompting)
         with self._lock, torch.inference_mode():
-            max_tokens = self.model.config.max_text_len
+            known, max_tokens = partial(known_tokens, self.processor.tokenizer), self.model.config.max_text_len
             return ground_images(
                 images,
-                [make_prompts(asked, prompting, self._count_tokens, max_tokens) for asked in names],
+                [make_prompts(asked, prompting, known, max_tokens) for asked in names],
                 encode=self._encode,
                 fuse=self._fuse,
                 max_prompts_per_pass=self.max_prompts_per_pass,
                 box_threshold=box_threshold,
                 text_threshold=text_threshold if prompting == "joint" else None,
             )
-
-    def _count_tokens(self, text: str) -> int:
-        return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _encode(self, images: list[Image.Image]) -> _Encoded:
         pixels = self.processor.image_processor(images=images, do_pad=True, return_tensors="pt")
@@ -107,13 +113,19 @@ class GroundingDinoDetector:
         feature_maps = self.model.model.backbone.conv_encoder(pixel_values, pixel_mask)
         return _Encoded(pixel_values, pixel_mask, feature_maps)
 
-    def _fuse(self, encoded: _Encoded, rows: list[int], texts: list[str]) -> Iterator[TokenScores]:
+    def _fuse(self, encoded: _Encoded, rows: list[int], prompts: list[Prompt]) -> Iterator[TokenScores]:
         # Shorter prompts are padded. The padding is masked in the text encoder, in both directions of the
         # fusion and in the decoder, and its logits are -inf, so that a prompt's scores do not depend on it.
-        tokens = self.processor.tokenizer(
-            texts, padding=True, return_tensors="pt", return_offsets_mapping=True, return_token_type_ids=True
+        tokenizer = self.processor.tokenizer
+        tokens = tokenizer(
+            [prompt.text for prompt in prompts],
+            padding=True,
+            return_tensors="pt",
+            return_offsets_mapping=True,
+            return_token_type_ids=True,
         )
-        offsets = tokens.pop("offset_mapping").numpy()
+        offsets = known_offsets(tokenizer, tokens)
+        del tokens["offset_mapping"]
         features = [(maps[rows], mask[rows]) for maps, mask in encoded.feature_maps]
         with _replaying(self.model.model.backbone, features):
             output = self.model(
@@ -150,46 +162,8 @@ def _replaying(backbone: nn.Module, feature_maps: list[tuple[torch.Tensor, torch
         backbone.conv_encoder = encoder
 
 
-def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
-    if not isinstance(resolved, torch.dtype):
-        raise InputError(f"dtype must name a torch dtype such as 'float32' or 'bfloat16', got {dtype!r}.")
-    return resolved
-
-
-def _load(source: str, dtype: torch.dtype, revision: str | None) -> tuple[Any, Any]:
-    """Processor and model of a checkpoint, checked to be whole and of a kind this file can read."""
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-    try:
-        model_type = AutoConfig.from_pretrained(source, **options).model_type
-        if model_type not in MODEL_TYPES:
-            raise ModelError(
-                f"{source} is a model of type {model_type!r}; this detector reads {', '.join(MODEL_TYPES)}."
-            )
-        processor = AutoProcessor.from_pretrained(source, **options)
-        model, report = AutoModelForZeroShotObjectDetection.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"Cannot load a Grounding DINO from {source}: {error} Check the hub id or the folder, which must "
-            "hold config.json, model.safetensors, and the files of the processor and the tokenizer."
-        ) from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ModelError(
-            f"The weights in {source} lack {len(missing)} tensors of its config.json, such as {missing[0]}; "
-            "they would run as random numbers. Download the checkpoint again or use its own config."
-        )
-    _check_tokenizer(source, processor)
-    return processor, model
-
-
 def _check_tokenizer(source: str, processor: Any) -> None:
-    tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None or not tokenizer.is_fast:
-        raise ModelError(f"{source} lacks a fast tokenizer, which finds the names' tokens; add tokenizer.json.")
-    found = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_IDS}
+    found = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_IDS}
     if found != SPECIAL_IDS:
         raise ModelError(
             f"The tokenizer in {source} numbers its special tokens {found}; Grounding DINO in transformers "

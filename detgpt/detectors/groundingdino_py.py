@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from types import SimpleNamespace
@@ -24,7 +25,15 @@ from torch import nn
 from transformers import AutoTokenizer, BertModel
 
 from detgpt.detectors import Grounding
-from detgpt.detectors.spans import TokenScores, check_query, ground_images, make_prompts
+from detgpt.detectors.spans import (
+    Prompt,
+    TokenScores,
+    check_query,
+    ground_images,
+    known_offsets,
+    known_tokens,
+    make_prompts,
+)
 from detgpt.device import choose_device
 from detgpt.errors import InputError, MissingExtraError, ModelError
 
@@ -96,14 +105,14 @@ class GroundingDinoPyDetector:
         boxes; the image encoder still runs once per image. A box needs a name score of `box_threshold`.
         `prompting="joint"`: the names share one prompt (a second one past the model's 256 tokens). A box
         needs `box_threshold` at the prompt's best token and `text_threshold` at its name.
-        Raises `InputError` for thresholds outside [0, 1], another `prompting`, an empty or endless name.
+        Raises `InputError` for thresholds outside [0, 1], another `prompting`, or a name that it cannot read.
         """
         check_query(images, names, box_threshold, text_threshold, prompting)
         with self._lock, torch.inference_mode():
-            max_tokens = self.model.max_text_len
+            known, max_tokens = partial(known_tokens, self.model.tokenizer), self.model.max_text_len
             return ground_images(
                 images,
-                [make_prompts(asked, prompting, self._count_tokens, max_tokens) for asked in names],
+                [make_prompts(asked, prompting, known, max_tokens) for asked in names],
                 encode=self._encode,
                 fuse=self._fuse,
                 max_prompts_per_pass=self.max_prompts_per_pass,
@@ -111,15 +120,13 @@ class GroundingDinoPyDetector:
                 text_threshold=text_threshold if prompting == "joint" else None,
             )
 
-    def _count_tokens(self, text: str) -> int:
-        return len(self.model.tokenizer(text, add_special_tokens=False)["input_ids"])
-
     def _encode(self, images: list[Image.Image]) -> _Encoded:
         pixels = torch.stack([self._transform(image, None)[0] for image in images]).to(self.device)
         levels = self.model.backbone[0](_unpadded(pixels))
         return _Encoded(pixels, {level: nested.tensors for level, nested in levels.items()})
 
-    def _fuse(self, encoded: _Encoded, rows: list[int], texts: list[str]) -> list[TokenScores]:
+    def _fuse(self, encoded: _Encoded, rows: list[int], prompts: list[Prompt]) -> list[TokenScores]:
+        texts = [prompt.text for prompt in prompts]
         # The package hands the text masks to its attention heads in the wrong order when a batch has more
         # than one prompt, so prompts read each other's masks. Prompts whose delimiters stand in the same
         # places have the same mask, and only those go together.
@@ -143,7 +150,8 @@ class GroundingDinoPyDetector:
         tokens = self.model.tokenizer(texts, return_offsets_mapping=True, return_tensors="np")
         probabilities = output["pred_logits"].sigmoid().cpu().numpy()
         boxes = output["pred_boxes"].cpu().numpy()
-        return (TokenScores(*row) for row in zip(tokens["offset_mapping"], probabilities, boxes, strict=True))
+        offsets = known_offsets(self.model.tokenizer, tokens)
+        return (TokenScores(*row) for row in zip(offsets, probabilities, boxes, strict=True))
 
 
 def _unpadded(pixels: torch.Tensor) -> Any:

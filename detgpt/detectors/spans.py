@@ -17,7 +17,7 @@ from PIL import Image
 
 from detgpt.boxes import concatenate, cxcywh_norm_to_xyxy, within_image
 from detgpt.detectors import Grounding
-from detgpt.errors import InputError, ModelError
+from detgpt.errors import InputError, ModelError, UnreadableNameError
 
 PROMPTINGS = ("separate", "joint")
 SEPARATOR = " . "
@@ -36,7 +36,7 @@ class Prompt:
 class TokenScores:
     """What the network says about one prompt: T tokens, Q box queries.
 
-    `offsets` (T, 2) the characters of each token, empty for special and padding tokens;
+    `offsets` (T, 2) the characters of each token, empty for special, padding and unknown tokens;
     `probabilities` (Q, ≥T) sigmoid of the logits; `boxes` (Q, 4) cxcywh in fractions of the image.
     """
 
@@ -65,26 +65,48 @@ def check_query(
             raise InputError(f"names must be one list of names per image, got the string {asked!r}.")
 
 
+def known_tokens(tokenizer: Any, text: str) -> list[bool]:
+    """For each token of `text`: is it a token of the vocabulary, or the one that stands for the unknown?"""
+    return [token != tokenizer.unk_token_id for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def known_offsets(tokenizer: Any, encoded: Any) -> np.ndarray:
+    """The characters of each token of a batch, (B, T, 2); none for the unknown, which says nothing about its name."""
+    offsets = np.array(encoded["offset_mapping"])
+    offsets[np.array(encoded["input_ids"]) == tokenizer.unk_token_id] = 0
+    return offsets
+
+
+def read_names(names: Sequence[str], known: Callable[[str], Sequence[bool]], room: int) -> list[tuple[str, int]]:
+    """Each name as a phrase that the detector can read, and the tokens it takes, at most `room`.
+
+    `known` says of each token of a text whether the tokenizer has it in its vocabulary. Raises
+    `UnreadableNameError` for a name without a letter or digit, one that takes more tokens, and one of which no
+    token is known, such as a word in a script that the detector never saw.
+    """
+    return [_read(name, known, room) for name in names]
+
+
 def make_prompts(
-    names: Sequence[str], prompting: str, count_tokens: Callable[[str], int], max_tokens: int
+    names: Sequence[str], prompting: str, known: Callable[[str], Sequence[bool]], max_tokens: int
 ) -> list[Prompt]:
     """Put each name in a prompt of its own ("separate") or as many in one as fit ("joint").
 
     `max_tokens` is the longest prompt the network reads, with its two special tokens; names that do not fit
-    in one joint prompt go on in a second. Raises `InputError` for an empty name or one that never fits.
+    in one joint prompt go on in a second. `known` and the error are those of `read_names`.
     """
-    phrases = [_phrase(name) for name in names]
-    costs = [count_tokens(phrase) + 1 for phrase in phrases]  # one more for the full stop
     room = max_tokens - 2
+    read = read_names(names, known, room - 1)  # a full stop follows each name
     groups: list[list[int]] = []
-    for index, cost in enumerate(costs):
-        if cost > room:
-            raise InputError(f"The name {names[index][:60]!r} is too long: the detector reads {room} tokens.")
-        if prompting == "joint" and groups and sum(costs[i] for i in groups[-1]) + cost <= room:
+    left = 0
+    for index, (_, tokens) in enumerate(read):
+        if prompting == "joint" and tokens + 1 <= left:
             groups[-1].append(index)
         else:
             groups.append([index])
-    return [_join(phrases, group) for group in groups]
+            left = room
+        left -= tokens + 1
+    return [_join([phrase for phrase, _ in read], group) for group in groups]
 
 
 def ground_images(
@@ -92,15 +114,15 @@ def ground_images(
     prompts: Sequence[Sequence[Prompt]],
     *,
     encode: Callable[[list[Image.Image]], Any],
-    fuse: Callable[[Any, list[int], list[str]], Iterable[TokenScores]],
+    fuse: Callable[[Any, list[int], list[Prompt]], Iterable[TokenScores]],
     max_prompts_per_pass: int,
     box_threshold: float,
     text_threshold: float | None,
 ) -> list[Grounding]:
     """Encode each image once, run its prompts through the fused layers, and read the names off the tokens.
 
-    `encode` turns images of one size into features; `fuse(features, rows, texts)` pairs text k with image
-    `rows[k]` of them. Only images of one size share a batch: padding one image up to another would let the
+    `encode` turns images of one size into features; `fuse(features, rows, prompts)` pairs prompt k with
+    image `rows[k]` of them. Only images of one size share a batch: padding one image up to another would let the
     padding into the image encoder's windows and change its boxes. A pass takes at most
     `max_prompts_per_pass` images or prompts, which bounds memory. An image without prompts is not encoded.
     """
@@ -110,7 +132,7 @@ def ground_images(
         queries = [(row, prompt) for row, i in enumerate(indices) for prompt in prompts[i]]
         for start in range(0, len(queries), max_prompts_per_pass):
             chunk = queries[start : start + max_prompts_per_pass]
-            outputs = fuse(features, [row for row, _ in chunk], [prompt.text for _, prompt in chunk])
+            outputs = fuse(features, [row for row, _ in chunk], [prompt for _, prompt in chunk])
             for (row, prompt), output in zip(chunk, outputs, strict=True):
                 image = indices[row]
                 part = ground(prompt, output, images[image].size, box_threshold, text_threshold)
@@ -132,8 +154,7 @@ def ground(
     name's score `text_threshold`. The score returned is the name's.
     """
     probabilities = output.probabilities
-    if np.isnan(probabilities).any():
-        raise ModelError("The detector returned NaN scores; load it with dtype='float32'.")
+    refuse_nan(probabilities)
     columns = [token_positions(output.offsets, span) for span in prompt.spans]
     scores = np.stack([probabilities[:, tokens].max(axis=1) for tokens in columns], axis=1)  # (Q, names)
     best = scores.argmax(axis=1)
@@ -150,19 +171,36 @@ def ground(
     return within_image(found, image_wh)
 
 
+def refuse_nan(scores: np.ndarray) -> None:
+    """Raise `ModelError` for scores that half precision has spoiled."""
+    if np.isnan(scores).any():
+        raise ModelError("The detector returned NaN scores; load it with dtype='float32'.")
+
+
 def token_positions(offsets: np.ndarray, span: tuple[int, int]) -> np.ndarray:
     """The tokens, of `offsets` (T, 2), that lie in the characters [start, end)."""
     starts, ends = offsets[:, 0], offsets[:, 1]
     return np.flatnonzero((starts >= span[0]) & (ends <= span[1]) & (starts < ends))
 
 
+def _read(name: str, known: Callable[[str], Sequence[bool]], room: int) -> tuple[str, int]:
+    phrase = _phrase(name)
+    if not any(character.isalnum() for character in phrase):
+        raise UnreadableNameError(name, f"A name to detect needs at least one letter or digit, got {name!r}.")
+    tokens = known(phrase)
+    if len(tokens) > room:
+        wrong = f"The name {name[:60]!r} is too long: the detector reads {room} tokens of it. Use fewer words."
+        raise UnreadableNameError(name, wrong)
+    if not any(tokens):
+        wrong = f"The detector's vocabulary holds no part of the name {name[:60]!r}."
+        raise UnreadableNameError(name, f"{wrong} Use the language of its training, English for most.")
+    return phrase, len(tokens)
+
+
 def _phrase(name: str) -> str:
     """Lower case, one line, and without the marks that end a phrase or list phrases in a prompt."""
-    # Lower case also keeps "[SEP]" and its like from being read as special tokens.
-    phrase = " ".join(re.sub(r"[.,?]", " ", name.lower()).split())
-    if not any(character.isalnum() for character in phrase):
-        raise InputError(f"A name to detect needs at least one letter or digit, got {name!r}.")
-    return phrase
+    # Lower case keeps "[SEP]" from being read as a special token, and no angles or bars do so for "<|endoftext|>".
+    return " ".join(re.sub(r"[.,?<|>]", " ", name.lower()).split())
 
 
 def _join(phrases: Sequence[str], group: Sequence[int]) -> Prompt:
