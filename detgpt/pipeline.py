@@ -21,6 +21,7 @@ from detgpt.images import ImageSource, load_image
 from detgpt.models import load_detector, load_reasoner, resolve
 from detgpt.reasoners import RawAnswer, Request, Turn
 from detgpt.results import Detections, Target
+from detgpt.tiles import MAX_TILES, Tiled
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,6 +43,8 @@ class Options:
         "joint" puts all names into one prompt, as the original did: cheaper with many names.
     share_boxes: let two targets have the same box; otherwise the better-scored one keeps it.
     max_new_tokens: the longest answer of the reasoner, in tokens.
+    tiles: for small things, also look at tiles x tiles overlapping parts of the picture; 1 to 8, 1 looks only at the
+        whole.
     """
 
     box_threshold: float = 0.25
@@ -50,6 +53,7 @@ class Options:
     prompting: str = "separate"
     share_boxes: bool = False
     max_new_tokens: int = 512
+    tiles: int = 1
 
     def __post_init__(self) -> None:
         for name in ("box_threshold", "text_threshold", "nms_threshold"):
@@ -60,6 +64,8 @@ class Options:
             raise InputError(f"prompting={self.prompting!r} is unknown: choose 'separate' or 'joint'")
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens={self.max_new_tokens!r} leaves no room for an answer: give 1 or more")
+        if self.tiles not in range(1, MAX_TILES + 1):
+            raise InputError(f"tiles={self.tiles!r} is no number of parts along a side: give 1 to {MAX_TILES}")
 
     def updated(self, changes: dict[str, Any]) -> Options:
         """These options with `changes`; a name that is no option raises `InputError`."""
@@ -194,7 +200,8 @@ class DetGPT:
         raws: Sequence[RawAnswer],
         options: Options,
     ) -> list[Detections]:
-        groundings = self.detector.detect(
+        detector = self.detector if options.tiles == 1 else Tiled(self.detector, options.tiles)
+        groundings = detector.detect(
             images,
             [answer.names for answer in answers],
             box_threshold=options.box_threshold,
