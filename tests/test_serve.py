@@ -77,6 +77,27 @@ class WholeImage:
 load = lambda: DetGPT(ScriptedReasoner(answer), WholeImage())
 """
 
+# Always outlines, in up to nine parts: every pixel of a box is its thing.
+OUTLINED = (
+    SCRIPTED
+    + """
+from detgpt import Options
+
+class WholeBox:
+    name = "whole-box"
+
+    def segment(self, image, boxes):
+        masks = np.zeros((len(boxes), image.height, image.width), bool)
+        for mask, (x0, y0, x1, y1) in zip(masks, boxes.astype(int)):
+            mask[y0:y1, x0:x1] = True
+        return masks
+
+load = lambda: DetGPT(
+    ScriptedReasoner(answer), WholeImage(), segmenter=WholeBox(), options=Options(tiles=3, masks=True)
+)
+"""
+)
+
 START = "import sys, json\nfrom detgpt.serve import Serving, run\nrun(load, Serving(**json.loads(sys.argv[1])))"
 
 
@@ -230,6 +251,16 @@ def test_the_reasoning_streams_and_then_come_the_detections(picto: Service, expe
     assert_same(answer, expected)
 
 
+def test_a_server_that_was_started_with_masks_sends_them_unless_a_client_wants_none() -> None:
+    with Service(OUTLINED) as service:
+        first = service.detect(instruction="0 cup").json()
+        assert detgpt.Detections.from_dict(first).masks.all()
+        assert first["detections"][0]["mask"] == {"size": [30, 40], "counts": [0, 1200]}
+        assert "mask" not in service.detect(instruction="0 cup", masks=False, tiles=1).json()["detections"][0]
+        assert service.detect(instruction="0 cup", tiles=3).status_code == 200
+        assert service.detect(instruction="0 cup", tiles=4).status_code == 422
+
+
 def test_names_may_be_streamed_too(scripted: Service) -> None:
     response = scripted.detect(path="/v1/detect/stream", names=["cup"])
     assert [name for name, _ in events(response.text)] == ["detections"]
@@ -327,6 +358,7 @@ PICTURE = base64.b64encode(png()).decode()
         ({"image": PICTURE, "instruction": "cup", "max_new_tokens": 10**6}, "at most 512"),
         ({"image": PICTURE, "instruction": "cup", "tiles": 2}, "tiles may be at most 1"),
         ({"image": PICTURE, "instruction": "cup", "tiles": 0}, "tiles"),
+        ({"image": PICTURE, "instruction": "cup", "masks": True}, "masks may be at most False"),
         ({"image": PICTURE, "instruction": "cup", "box_treshold": 0.5}, "box_treshold"),
         ({"image_url": "http://example.com/a.png", "instruction": "cup"}, "fetches no addresses"),
         ([], "should be an object"),

@@ -44,7 +44,7 @@ from detgpt.serve.metrics import CLIENT_GONE, Counted, Metrics
 
 MAX_BODY = MAX_BYTES * 4 // 3 + 2**16  # the largest image as base64, and room for the rest
 DETECT, STREAM = "/v1/detect", "/v1/detect/stream"
-COSTLY = ("max_new_tokens", "tiles")  # a client may ask for no more of these than the server starts with
+COSTLY = ("max_new_tokens", "tiles", "masks")  # a client may ask for no more of these than the server starts with
 BEARER = HTTPBearer(auto_error=False, description="One of the server's API keys.")
 
 log = logging.getLogger(__name__)
