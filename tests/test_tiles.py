@@ -21,8 +21,8 @@ LEAST = 8  # of these, the smallest thing that it sees
 class Blobs:
     """A detector with the limits of a real one: it shrinks what it is shown, and misses what is small then.
 
-    A name is a colour; the box is around all pixels of that colour. `short`: of a thing that is cut off it is less
-    sure, and its box stops so many pixels of the input short of the cut.
+    A name is a colour; the box is around all pixels of that colour, and the first name scores best. `short`: of a
+    thing that is cut off it is less sure, and its box stops so many pixels of the input short of the cut.
     """
 
     name = "blobs"
@@ -42,9 +42,9 @@ class Blobs:
             rows, columns = np.nonzero((small == Image.new("RGB", (1, 1), name).getpixel((0, 0))).all(axis=2))
             if len(rows) and min(np.ptp(rows), np.ptp(columns)) + 1 >= LEAST:
                 box = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], np.float32)
-                cut = (box == 0) | (box == INPUT)
-                box = np.clip(box, self.short * cut.any(), INPUT - self.short * cut.any())
-                scores.append(0.4 if cut.any() else 0.5)
+                short = self.short if ((box == 0) | (box == INPUT)).any() else 0
+                box = np.clip(box, short, INPUT - short)
+                scores.append(0.9 - 0.1 * number - 0.02 * short)
                 boxes.append(box * np.tile(np.array(image.size, np.float32) / INPUT, 2))
                 index.append(number)
         return Grounding(
@@ -84,13 +84,26 @@ def test_a_thing_of_any_size_at_any_place_comes_once_and_whole(tiles: int, size:
     rng = np.random.default_rng(tiles)
     share = 1 / (tiles - (tiles - 1) * OVERLAP)  # of the picture, that a part is
     for _ in range(60 // tiles):
-        largest = rng.uniform(2.6 * LEAST / INPUT * share, 0.5)
+        largest = np.exp(rng.uniform(np.log(2.6 * LEAST / INPUT * share), np.log(0.5)))  # small ones as often
         sides = largest * rng.uniform(0.5, 1, 2) * size  # neither long nor thin, which is another matter
         x, y = (rng.uniform(0, 1, 2) * (size - sides)).round()
         truth = np.array([[x, y, x + sides[0].round(), y + sides[1].round()]])
         found = found_in(painted(size, red=tuple(truth[0].astype(int).tolist())), ["red"], tiles)
         assert len(found.boxes) == 1, truth
         assert iou_matrix(found.boxes, truth)[0, 0] > 0.75, truth
+
+
+@pytest.mark.parametrize("tiles", [2, 3, 4])
+def test_a_small_thing_where_parts_meet_comes_whole(tiles: int) -> None:
+    for x in range(1, tiles):
+        for y in range(1, tiles):
+            left, top = 1500 * x // tiles - 20, 1000 * y // tiles - 15
+            truth = (left, top, left + 40, top + 30)
+            image = painted((1500, 1000), red=truth)
+            assert len(found_in(image, ["red"], 1).boxes) == 0
+            found = found_in(image, ["red"], tiles)
+            assert len(found.boxes) == 1
+            assert np.abs(found.boxes[0] - truth).max() < 5
 
 
 def test_a_piece_whose_box_stops_short_of_the_cut_is_still_a_piece() -> None:
@@ -101,7 +114,7 @@ def test_a_piece_whose_box_stops_short_of_the_cut_is_still_a_piece() -> None:
 
 
 def test_a_small_thing_within_one_of_another_name_is_no_piece() -> None:
-    image = painted((1200, 800), red=(300, 250, 900, 600), blue=(500, 400, 540, 440))
+    image = painted((1200, 800), red=(300, 250, 900, 600), blue=(500, 400, 530, 430))
     assert sorted(found_in(image, ["red", "blue"], 3).name_index.tolist()) == [0, 1]
 
 
@@ -113,9 +126,9 @@ def test_a_thing_at_the_pictures_own_border_is_no_piece() -> None:
 
 def test_each_picture_keeps_its_own_names_and_boxes() -> None:
     images = [painted((900, 600), red=(20, 30, 60, 70)), painted((640, 800), blue=(500, 600, 560, 680))]
-    first, second = Tiled(Blobs(), 3).detect(images, [["blue", "red"], ["blue"]])
+    first, second = Tiled(Blobs(), 3).detect(images, [["blue", "red"], ["lime", "blue"]])
     assert set(first.name_index.tolist()) == {1}
-    assert set(second.name_index.tolist()) == {0}
+    assert set(second.name_index.tolist()) == {1}
     assert np.abs(first.boxes - [20, 30, 60, 70]).max() < 4
     assert np.abs(second.boxes - [500, 600, 560, 680]).max() < 4
 
