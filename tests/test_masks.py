@@ -78,19 +78,19 @@ MEMORY = {
 }
 
 
-def randomize(model: torch.nn.Module) -> None:
-    """Weights with which each box gets a mask that clearly differs from those of others."""
-    torch.manual_seed(3)
+def randomized(kind: Any, config: Any) -> Any:
+    """A model with weights with which each box gets a mask that clearly differs from those of others."""
+    torch.manual_seed(4)  # before it is made, for its table of positions is random too
+    model = kind(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.2)
+    return model
 
 
 def save_checkpoint(folder: Path) -> None:
-    model = Sam2Model(Sam2Config(**PARTS))
-    randomize(model)
-    model.save_pretrained(folder)
+    randomized(Sam2Model, Sam2Config(**PARTS)).save_pretrained(folder)
     images = Sam2ImageProcessor(size={"height": SIDE, "width": SIDE}, mask_size={"height": 16, "width": 16})
     Sam2Processor(images).save_pretrained(folder)
 
@@ -200,8 +200,7 @@ def test_several_threads_get_what_one_gets(segmenter: Sam2Segmenter) -> None:
 
 
 def test_a_checkpoint_of_the_video_model_as_the_hub_has_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    video = Sam2VideoModel(Sam2VideoConfig(**PARTS, **MEMORY))
-    randomize(video)
+    video = randomized(Sam2VideoModel, Sam2VideoConfig(**PARTS, **MEMORY))
     video.save_pretrained(tmp_path)
     size = {"height": SIDE, "width": SIDE}
     Sam2VideoProcessor(Sam2ImageProcessor(size=size), Sam2VideoVideoProcessor(size=size)).save_pretrained(tmp_path)
