@@ -198,7 +198,8 @@ def _converter(output: Path) -> Callable[[list[dict[str, Any]], Path], None] | N
 
 
 def _write_coco(records: list[dict[str, Any]], output: Path) -> None:
-    found = [(record["image"], Detections.from_dict({"instruction": None, **record})) for record in _answered(records)]
+    # A generator: with masks, all results at once would fill the memory.
+    found = ((record["image"], Detections.from_dict({"instruction": None, **record})) for record in _answered(records))
     temporary = output.with_name(f".{output.name}")
     temporary.write_text(json.dumps(coco_document(found), ensure_ascii=False), encoding="utf-8")
     temporary.replace(output)

@@ -22,12 +22,17 @@ def cxcywh_norm_to_xyxy(boxes: np.ndarray, image_wh: tuple[int, int]) -> np.ndar
 
 def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Intersection over union of every box of `a` (N, 4) with every box of `b` (M, 4), xyxy → (N, M)."""
-    top_left = np.maximum(a[:, None, :2], b[None, :, :2])
-    bottom_right = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    intersection = np.prod(np.clip(bottom_right - top_left, 0, None), axis=2)
+    intersection = _intersections(a, b)
     union = _areas(a)[:, None] + _areas(b)[None, :] - intersection
     # Two boxes without area have no union; they overlap nothing.
     return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
+
+
+def coverage_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """How much of every box of `a` (N, 4) lies in every box of `b` (M, 4), as a fraction of its area → (N, M)."""
+    intersection = _intersections(a, b)
+    areas = np.broadcast_to(_areas(a)[:, None], intersection.shape)
+    return np.divide(intersection, areas, out=np.zeros_like(intersection), where=areas > 0)
 
 
 def concatenate(groundings: Sequence[Grounding]) -> Grounding:
@@ -76,6 +81,12 @@ def _ordered(grounding: Grounding) -> Grounding:
 
 def _select(grounding: Grounding, index: np.ndarray) -> Grounding:
     return Grounding(grounding.boxes[index], grounding.scores[index], grounding.name_index[index])
+
+
+def _intersections(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    top_left = np.maximum(a[:, None, :2], b[None, :, :2])
+    bottom_right = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    return np.prod(np.clip(bottom_right - top_left, 0, None), axis=2)
 
 
 def _areas(boxes: np.ndarray) -> np.ndarray:

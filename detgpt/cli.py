@@ -117,10 +117,11 @@ def detect(
         try:
             with terminal.status(f"looking at {title}", choice.debug):
                 result = model.detect(sys.stdin.buffer if source == "-" else source, **query)
-            found.append((title, replace(result, image=None)))  # thousands of pictures would fill the memory
             if as_json:
                 terminal.print_json({"image": title, **result.to_dict()})
-            elif not as_coco:
+            elif as_coco:
+                found.append((title, replace(result, image=None)))  # thousands of pictures would fill the memory
+            else:
                 terminal.print_result(title, result)
             if path:
                 terminal.save(result, path, legend)

@@ -1,10 +1,9 @@
-"""Boxes, labels and an optional legend on a picture, with Pillow alone.
+"""Boxes, labels, masks and an optional legend on a picture, with Pillow alone.
 
     draw(image, boxes, labels, scores).save("out.png")
 
 Sizes follow the picture, so that 64 and 6000 pixels look alike; a small picture is first enlarged
-by a whole factor, so that its labels stay readable. Masks and other overlays are left out:
-`supervision` has them.
+by a whole factor, so that its labels stay readable. Other overlays are left out: `supervision` has them.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from detgpt.errors import InputError
+from detgpt.overlay import tint
 from detgpt.typeface import Face, legible
 
 # Any two differ clearly to normal eyes, and under simulated protanopia, deuteranopia and tritanopia.
@@ -52,6 +52,7 @@ def draw(
     labels: Sequence[str],
     scores: np.ndarray | Sequence[float] | None = None,
     *,
+    masks: np.ndarray | None = None,
     names: Sequence[str] | None = None,
     legend: str | None = None,
     instruction: str | None = None,
@@ -63,6 +64,7 @@ def draw(
     """Return an RGB copy of `image` with the boxes drawn; the given image stays as it is.
 
     boxes: (N, 4), xyxy in pixels of the image. labels, scores: one per box.
+    masks: (N, H, W) bool, the pixels of each thing, to be tinted below the boxes.
     names: the targets, found or not, which fixes their colours; the labels as they come unless given.
     legend: reasoning to print on a panel under the picture, below a chip for each target ("" for
         the chips alone); a text longer than the picture is high is cut.
@@ -72,9 +74,11 @@ def draw(
         thus be larger than the image. 0 never enlarges.
     font: path or name of a TrueType font; otherwise Pillow's own, and a system font for other scripts.
 
-    Raises InputError where boxes, labels and scores do not fit together or the font cannot be read.
+    Raises InputError where boxes, labels, scores and masks do not fit together or the font cannot be read.
     """
     corners = _checked(boxes, labels, scores)
+    if masks is not None and masks.shape != (len(corners), image.height, image.width):
+        raise InputError(f"masks must have shape {(len(corners), image.height, image.width)}, got {masks.shape}")
     names = list(dict.fromkeys([*(names or ()), *labels]))
     colours = dict(zip(names, target_colours(len(names)), strict=True))
     factor = _enlargement(image.size, min_side)
@@ -84,7 +88,11 @@ def draw(
     look = _Look.for_size(canvas.size, line_width, text_size, font)
 
     rects = [_outline(box, canvas.size, look.line) for box in corners * factor]
-    for index in sorted(range(len(rects)), key=lambda index: -rects[index].area):  # small boxes on top
+    order = sorted(range(len(rects)), key=lambda index: -rects[index].area)  # small boxes on top
+    if masks is not None:
+        for index in order:
+            tint(canvas, masks[index], colours[labels[index]], factor, edge=look.line - look.halo)
+    for index in order:
         _draw_box(canvas, rects[index], colours[labels[index]], look)
     _draw_tags(canvas, rects, labels, scores, colours, look)
     if legend is None and not instruction:

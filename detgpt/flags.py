@@ -12,7 +12,7 @@ import typer
 
 from detgpt import terminal
 from detgpt.described import described
-from detgpt.models import ModelPair, resolve
+from detgpt.models import SEGMENTER, ModelPair, resolve
 from detgpt.pipeline import DetGPT, Options
 from detgpt.reasoners.scripted import ScriptedReasoner
 
@@ -24,6 +24,7 @@ class Choice:
     model: a pair of models by name (see `detgpt models`), or a folder that holds detgpt.json.
     reasoner: hub id or folder of a reasoner; goes with --detector and stands in for --model.
     detector: hub id or folder of a Grounding DINO detector; with --names it needs no --reasoner.
+    segmenter: hub id or folder of the SAM 2 that outlines things for --masks.
     device: where to run, such as cpu, cuda or cuda:1; a GPU where there is one unless given.
     dtype: number format of the reasoner's weights, such as float32 or bfloat16.
     debug: show tracebacks, and the libraries' own messages.
@@ -32,6 +33,7 @@ class Choice:
     model: str = field(default="picto", metadata={"flags": ("--model", "-m")})
     reasoner: str | None = None
     detector: str | None = None
+    segmenter: str = SEGMENTER
     device: str | None = None
     dtype: str | None = None
     debug: bool = field(default=False, metadata={"flags": ("--debug",)})
@@ -47,11 +49,18 @@ class Choice:
     def load(self, settings: dict[str, Any], *, reasons: bool = True) -> DetGPT:
         pair = self.pair(reasons)
         options = Options().updated({**pair.options, **settings})
-        parts = [pair.reasoner, pair.detector] if reasons else [pair.detector]
+        parts = [*[pair.reasoner] * reasons, pair.detector, *[self.segmenter] * options.masks]
         # Without reasoning nobody asks the reasoner, so the gigabytes of a real one stay where they are.
         reasoner = pair.reasoner if reasons else ScriptedReasoner(["Targets: []"])
         with terminal.loading(self.model if self.detector is None else self.detector, parts, self.debug):
-            return DetGPT(reasoner, pair.detector, device=self.device, dtype=self.dtype, options=options)
+            return DetGPT(
+                reasoner,
+                pair.detector,
+                segmenter=self.segmenter,
+                device=self.device,
+                dtype=self.dtype,
+                options=options,
+            )
 
 
 def _flags(kind: type, heading: str) -> Iterator[inspect.Parameter]:

@@ -21,9 +21,11 @@ from detgpt.errors import InputError, ModelError
 if TYPE_CHECKING:
     from detgpt.detectors import Detector
     from detgpt.reasoners import Reasoner
+    from detgpt.segmenters import Segmenter
 
 _PACKAGE = Path(__file__).parent
 PAIR_FILE = "detgpt.json"
+SEGMENTER = "facebook/sam2.1-hiera-small"  # 185 MB; asked only for masks, so one serves every pair
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,16 @@ def load_detector(detector: str | Path | Detector, **loading: Any) -> Detector:
     file, name = DETECTORS[model_type]
     backend: Detector = getattr(import_module(f"detgpt.detectors.{file}"), name)(detector, **loading)
     return backend
+
+
+def load_segmenter(segmenter: str | Path | Segmenter, *, now: bool, **loading: Any) -> Segmenter:
+    """A segmenter as it is, or the checkpoint of that hub id or folder: loaded `now`, or at its first picture."""
+    if not isinstance(segmenter, (str, Path)):
+        return _with_verb(segmenter, "segmenter", "segment")
+    from detgpt.segmenters import LazySegmenter
+
+    lazy = LazySegmenter(str(segmenter), **loading)
+    return lazy.load() if now else lazy
 
 
 def _with_verb(part: Any, kind: str, verb: str) -> Any:

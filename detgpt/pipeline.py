@@ -1,6 +1,6 @@
 """The method: ask the reasoner what the wish needs, ground its targets with the detector, give back one result.
 
-    ask → parse → ground → result
+    ask → parse → ground → (segment) → result
 
 This is the only module that knows both models. Everything else either feeds it an image and a wish or formats the
 `Detections` that it returns.
@@ -18,15 +18,18 @@ from detgpt.answer import RETRY_INSTRUCTION, ParsedAnswer, name_confidence, pars
 from detgpt.boxes import nms_per_target, one_target_per_box
 from detgpt.errors import InputError, UnreadableNameError
 from detgpt.images import ImageSource, load_image
-from detgpt.models import load_detector, load_reasoner, resolve
+from detgpt.models import SEGMENTER, load_detector, load_reasoner, load_segmenter, resolve
 from detgpt.reasoners import RawAnswer, Request, Turn
 from detgpt.results import Detections, Target
+from detgpt.tiles import MAX_TILES, Tiled
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
     from detgpt.detectors import Detector, Grounding
     from detgpt.reasoners import Reasoner
+    from detgpt.segmenters import Segmenter
 
 SAME_THING = 0.8  # two names whose boxes overlap more than this IoU name one thing
 
@@ -42,6 +45,9 @@ class Options:
         "joint" puts all names into one prompt, as the original did: cheaper with many names.
     share_boxes: let two targets have the same box; otherwise the better-scored one keeps it.
     max_new_tokens: the longest answer of the reasoner, in tokens.
+    tiles: for small things, also look at tiles x tiles overlapping parts of the picture; 1 to 8, 1 looks only at the
+        whole.
+    masks: also give the outline of each thing, by the model's segmenter.
     """
 
     box_threshold: float = 0.25
@@ -50,6 +56,8 @@ class Options:
     prompting: str = "separate"
     share_boxes: bool = False
     max_new_tokens: int = 512
+    tiles: int = 1
+    masks: bool = False
 
     def __post_init__(self) -> None:
         for name in ("box_threshold", "text_threshold", "nms_threshold"):
@@ -60,6 +68,8 @@ class Options:
             raise InputError(f"prompting={self.prompting!r} is unknown: choose 'separate' or 'joint'")
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens={self.max_new_tokens!r} leaves no room for an answer: give 1 or more")
+        if self.tiles not in range(1, MAX_TILES + 1):
+            raise InputError(f"tiles={self.tiles!r} is no number of parts along a side: give 1 to {MAX_TILES}")
 
     def updated(self, changes: dict[str, Any]) -> Options:
         """These options with `changes`; a name that is no option raises `InputError`."""
@@ -76,6 +86,8 @@ class DetGPT:
     `reasoner` and `detector` are hub ids, local folders, or objects with the one verb of their protocol
     (`detgpt.reasoners.Reasoner.reason`, `detgpt.detectors.Detector.detect`). `device`, `dtype` and `loading`
     (quantization, device_map, revision, …) go to the backends that load them. `options` are the model's defaults.
+    `segmenter` (`detgpt.segmenters.Segmenter.segment`) outlines things for `masks=True`; it loads when that is first
+    asked for, or at once where it is the model's default.
     """
 
     def __init__(
@@ -83,14 +95,16 @@ class DetGPT:
         reasoner: str | Path | Reasoner,
         detector: str | Path | Detector,
         *,
+        segmenter: str | Path | Segmenter = SEGMENTER,
         device: str | None = None,
         dtype: str | None = None,
         options: Options | None = None,
         **loading: Any,
     ):
+        self.options = options or Options()
+        self.segmenter = load_segmenter(segmenter, now=self.options.masks, device=device)
         self.detector = load_detector(detector, device=device)
         self.reasoner = load_reasoner(reasoner, device=device, dtype=dtype, **loading)
-        self.options = options or Options()
 
     @classmethod
     def from_pretrained(
@@ -202,7 +216,8 @@ class DetGPT:
         raws: Sequence[RawAnswer],
         options: Options,
     ) -> list[Detections]:
-        groundings = self.detector.detect(
+        detector = self.detector if options.tiles == 1 else Tiled(self.detector, options.tiles)
+        groundings = detector.detect(
             images,
             [answer.names for answer in answers],
             box_threshold=options.box_threshold,
@@ -210,7 +225,11 @@ class DetGPT:
             prompting=options.prompting,
         )
         found = [tidy(grounding, options) for grounding in groundings]
-        return [_result(*parts) for parts in zip(images, instructions, answers, raws, found, strict=True)]
+        masks = [
+            self.segmenter.segment(image, grounding.boxes) if options.masks else None
+            for image, grounding in zip(images, found, strict=True)
+        ]
+        return [_result(*parts) for parts in zip(images, instructions, answers, raws, found, masks, strict=True)]
 
 
 class Chat:
@@ -260,7 +279,12 @@ def tidy(grounding: Grounding, options: Options) -> Grounding:
 
 
 def _result(
-    image: Image.Image, instruction: str | None, answer: ParsedAnswer, raw: RawAnswer, found: Grounding
+    image: Image.Image,
+    instruction: str | None,
+    answer: ParsedAnswer,
+    raw: RawAnswer,
+    found: Grounding,
+    masks: np.ndarray | None,
 ) -> Detections:
     boxed = set(found.name_index.tolist())
     targets = tuple(
@@ -277,4 +301,5 @@ def _result(
         problem=answer.problem,
         instruction=instruction,
         image=image,
+        masks=masks,
     )

@@ -14,14 +14,15 @@ from reprlib import repr as shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from detgpt.draw import draw
 from detgpt.errors import InputError, MissingExtraError
+from detgpt.masks import check_room, mask_to_rle, read_only_masks, rle_to_mask
 
 if TYPE_CHECKING:
     import pandas
     import supervision
-    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Detections:
     instruction: the wish; None where only names were asked for.
     image: the RGB image the boxes refer to; no part of equality or of JSON.
     image_wh: its width and height; taken from `image` where that is given.
+    masks: (N, H, W) bool, the pixels of each box's thing; None where they were not asked for.
 
     The arrays are read-only copies. `len()` counts boxes, so an empty result is false;
     iterating gives `(box, score, label)`. Raises InputError where the parts do not fit together.
@@ -66,6 +68,7 @@ class Detections:
     instruction: str | None = None
     image: Image.Image | None = None
     image_wh: tuple[int, int] = (0, 0)
+    masks: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         normal: dict[str, Any] = {
@@ -78,6 +81,8 @@ class Detections:
         for name, value in normal.items():
             object.__setattr__(self, name, value)  # frozen: the one way to normalise what was given
         self._check()
+        if self.masks is not None:
+            object.__setattr__(self, "masks", read_only_masks(self.masks, len(self), self.image_wh))
 
     def _check(self) -> None:
         counts = len(self.boxes), len(self.scores), len(self.labels)
@@ -95,8 +100,9 @@ class Detections:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        for array in (self.boxes, self.scores):
-            array.setflags(write=False)  # copying and pickling forget it
+        for array in (self.boxes, self.scores, self.masks):
+            if array is not None:
+                array.setflags(write=False)  # copying and pickling forget it
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -110,8 +116,15 @@ class Detections:
         return (
             np.array_equal(self.boxes, other.boxes)
             and np.array_equal(self.scores, other.scores)
+            and self._same_masks(other)
             and self._without_arrays() == other._without_arrays()
         )
+
+    def _same_masks(self, other: Detections) -> bool:
+        """Without boxes there are no masks, whether or not they were asked for."""
+        if self.masks is None or other.masks is None:
+            return self.masks is other.masks or len(self) == len(other) == 0
+        return np.array_equal(self.masks, other.masks)
 
     def _without_arrays(self) -> tuple[object, ...]:
         said = self.reasoning, self.answer, self.problem, self.instruction
@@ -139,22 +152,31 @@ class Detections:
             keep &= np.array([label in wanted for label in self.labels], dtype=bool)
         kept = tuple(label for label, kept in zip(self.labels, keep, strict=True) if kept)
         targets = tuple(replace(target, found=target.name in kept) for target in self.targets)
-        return replace(self, boxes=self.boxes[keep], scores=self.scores[keep], labels=kept, targets=targets)
+        masks = None if self.masks is None else self.masks[keep]
+        return replace(
+            self, boxes=self.boxes[keep], scores=self.scores[keep], labels=kept, targets=targets, masks=masks
+        )
 
-    def crop(self, padding: float = 0.0) -> list[Image.Image]:
+    def crop(self, padding: float = 0.0, *, cut_out: bool = False) -> list[Image.Image]:
         """Cut every box out of the image, in order, each at least 1x1 pixel.
 
         padding: how much to add on each side, as a fraction of the box's width and height.
+        cut_out: make what is outside the box's mask transparent (RGBA); needs masks.
         """
+        if cut_out and self.masks is None:
+            raise InputError("cut_out needs masks: detect with masks=True")
         if padding < 0:
             raise InputError(f"padding must be 0 or more, got {padding}")
         image = self._image("crop")
         (width, height), crops = image.size, []
-        for x0, y0, x1, y1 in self.boxes.tolist():
+        for index, (x0, y0, x1, y1) in enumerate(self.boxes.tolist()):
             pad_x, pad_y = padding * (x1 - x0), padding * (y1 - y0)
             left, right = _pixel_range(x0 - pad_x, x1 + pad_x, width)
             top, bottom = _pixel_range(y0 - pad_y, y1 + pad_y, height)
-            crops.append(image.crop((left, top, right, bottom)))
+            crop = image.crop((left, top, right, bottom))
+            if cut_out and self.masks is not None:
+                crop.putalpha(Image.fromarray(self.masks[index, top:bottom, left:right]))
+            crops.append(crop)
         return crops
 
     def draw(
@@ -166,7 +188,7 @@ class Detections:
         min_side: int = 400,
         font: str | None = None,
     ) -> Image.Image:
-        """Draw the boxes on a copy of the image; see `detgpt.draw.draw` for the settings.
+        """Draw the boxes, and the masks if any, on a copy of the image; see `detgpt.draw.draw` for the settings.
 
         legend: add a panel with the instruction, the reasoning and every target's count and score.
         """
@@ -175,6 +197,7 @@ class Detections:
             self.boxes,
             self.labels,
             self.scores,
+            masks=self.masks,
             names=[target.name for target in self.targets],
             legend=self.reasoning if legend else None,
             instruction=self.instruction if legend else None,
@@ -191,7 +214,11 @@ class Detections:
         return self.image
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, safe for JSON: boxes to 1/100 pixel, scores to 4 digits, no image."""
+        """Plain Python values, safe for JSON: boxes to 1/100 pixel, scores to 4 digits, no image.
+
+        Masks are run lengths, see `detgpt.masks`; of a result without boxes they are forgotten.
+        """
+        masks: Sequence[np.ndarray | None] = [None] * len(self) if self.masks is None else list(self.masks)
         return {
             "instruction": self.instruction,
             "reasoning": self.reasoning,
@@ -201,8 +228,9 @@ class Detections:
                     "label": label,
                     "score": _rounded(score),
                     "xyxy": [round(value, 2) for value in box.tolist()],
+                    **({} if mask is None else {"mask": mask_to_rle(mask)}),
                 }
-                for box, score, label in self
+                for (box, score, label), mask in zip(self, masks, strict=True)
             ],
             "image_wh": list(self.image_wh),
             "problem": self.problem,
@@ -215,6 +243,8 @@ class Detections:
         try:
             found = data["detections"]
             width, height = data["image_wh"]
+            runs = [row["mask"] for row in found] if any("mask" in row for row in found) else []
+            check_room(len(runs), (width, height))
             return cls(
                 boxes=np.array([row["xyxy"] for row in found], dtype=np.float32),
                 scores=np.array([row["score"] for row in found], dtype=np.float32),
@@ -225,6 +255,7 @@ class Detections:
                 problem=data["problem"],
                 instruction=data["instruction"],
                 image_wh=(width, height),
+                masks=np.stack([rle_to_mask(rle, (width, height)) for rle in runs]) if runs else None,
             )
         except KeyError as error:
             raise InputError(f"not a saved result: {error} is missing; give what to_dict returned") from error
@@ -256,6 +287,7 @@ class Detections:
     ) -> dict[str, list[dict[str, Any]]]:
         """`{"images", "annotations", "categories"}` in COCO's form, boxes as xywh.
 
+        With masks each annotation has them as its "segmentation", in uncompressed run lengths, and as its "area".
         categories: names in the order of their ids, from 1; the targets' unless given. To join the
         results of many images, give one list for all and go on counting with `first_annotation_id`.
         """
@@ -278,6 +310,9 @@ class Detections:
                     "score": _rounded(score),
                 }
             )
+        if self.masks is not None:
+            for annotation, mask in zip(annotations, self.masks, strict=True):
+                annotation.update(segmentation=mask_to_rle(mask), area=int(mask.sum()))
         return {
             "images": [image if file_name is None else {**image, "file_name": file_name}],
             "annotations": annotations,
@@ -285,7 +320,7 @@ class Detections:
         }
 
     def to_supervision(self) -> supervision.Detections:
-        """As `supervision.Detections`; class ids follow the order of the targets."""
+        """As `supervision.Detections`, with the masks if any; class ids follow the order of the targets."""
         try:
             import supervision
         except ImportError as error:
@@ -295,6 +330,7 @@ class Detections:
             xyxy=self.boxes.copy(),
             confidence=self.scores.copy(),
             class_id=np.array([ids[label] for label in self.labels], dtype=int),
+            mask=None if self.masks is None else self.masks.copy(),
         )
         if hasattr(detections, "data"):  # the release that groundingdino-py pins has no names yet
             detections.data["class_name"] = np.array(self.labels, dtype=str)
@@ -312,16 +348,17 @@ class Detections:
         return table
 
 
-def coco_document(found: Sequence[tuple[str, Detections]]) -> dict[str, list[dict[str, Any]]]:
-    """One COCO document of many images by file name, with common categories."""
-    names = list(dict.fromkeys(target.name for _, result in found for target in result.targets))
-    categories = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
-    document: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
+def coco_document(found: Iterable[tuple[str, Detections]]) -> dict[str, list[dict[str, Any]]]:
+    """One COCO document of many images by file name, with common categories; takes one result at a time."""
+    names: list[str] = []
+    document: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": []}
     for number, (title, result) in enumerate(found, start=1):
+        names = list(dict.fromkeys([*names, *(target.name for target in result.targets)]))
         annotation_id = len(document["annotations"]) + 1
         part = result.to_coco(number, file_name=title, categories=names, first_annotation_id=annotation_id)
         document["images"] += part["images"]
         document["annotations"] += part["annotations"]
+        document["categories"] = part["categories"]
     return document
 
 

@@ -41,6 +41,16 @@ def tiny_detector_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_segmenter_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random SAM 2."""
+    import test_masks as builders
+
+    folder = tmp_path_factory.mktemp("segmenter")
+    builders.save_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_pair_folder(
     tmp_path_factory: pytest.TempPathFactory, tiny_reasoner_folder: Path, tiny_detector_folder: Path
 ) -> Path:

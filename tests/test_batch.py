@@ -68,6 +68,21 @@ def test_a_list_may_hold_a_wish_or_names_for_each_image(model: DetGPT, photos: P
     assert (third["names"], third["targets"][0]["name"], third["reasoning"]) == (["bottle"], "bottle", "")
 
 
+def test_masks_are_in_all_three_forms(
+    tiny_pair_folder: Path, tiny_segmenter_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    model = DetGPT.from_pretrained(tiny_pair_folder, segmenter=tiny_segmenter_folder)
+    jobs = read_jobs(str(photos / "*.png"), ["cup"])
+    for name in ("found.jsonl", "found.json", "found.parquet"):
+        run(model, jobs, tmp_path / name, masks=True, box_threshold=0.0)
+    expected = model.detect(jobs[0].image, names=["cup"], masks=True, box_threshold=0.0)
+    rle = expected.to_dict()["detections"][0]["mask"]
+    assert lines_of(tmp_path / "found.jsonl")[0]["detections"][0]["mask"] == rle
+    assert json.loads((tmp_path / "found.json").read_text())["annotations"][0]["segmentation"] == rle
+    table = pytest.importorskip("pyarrow.parquet").read_table(tmp_path / "found.parquet").to_pylist()
+    assert table[0]["detections"][0]["mask"] == rle
+
+
 def test_a_second_run_does_only_what_is_missing(model: DetGPT, photos: Path, tmp_path: Path) -> None:
     output, jobs = tmp_path / "found.jsonl", read_jobs(str(photos), "drink")
     run(model, jobs, output)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from detgpt.boxes import (
     concatenate,
+    coverage_matrix,
     cxcywh_norm_to_xyxy,
     iou_matrix,
     nms_per_target,
@@ -65,6 +66,13 @@ def test_a_box_in_fractions_lands_on_the_pixels_of_a_wide_image():
 def test_overlap_of_a_square_with(other, iou):
     square = np.array([[0, 0, 10, 10]], np.float32)
     assert iou_matrix(square, np.array([other], np.float32)) == pytest.approx(iou)
+
+
+def test_coverage_is_the_share_of_the_first_box() -> None:
+    small, large, line = [0, 0, 2, 2], [1, 0, 11, 10], [1, 1, 1, 5]
+    boxes = np.array([small, large, line], np.float32)
+    expected = [[1, 0.5, 0], [0.02, 1, 0], [0, 0, 0]]
+    np.testing.assert_allclose(coverage_matrix(boxes, boxes), expected, rtol=1e-6)
 
 
 def test_two_boxes_without_area_overlap_by_zero_and_not_by_nan():

@@ -181,6 +181,22 @@ def test_an_error_of_the_library_is_one_line_unless_debugging(run: Run) -> None:
     assert isinstance(run("detect", "a.png", "drink", "-m", "no-such-model", "--debug").exception, detgpt.ModelError)
 
 
+def test_masks_come_from_the_segmenter_that_is_named(detect: Run, tiny_segmenter_folder: Path) -> None:
+    ran = detect("a.png", "drink", "--json", "--masks", "--segmenter", tiny_segmenter_folder, "--tiles", 2)
+    assert ran.exit_code == 0
+    assert detgpt.Detections.from_dict(json.loads(ran.stdout)).masks.shape[1:] == (30, 40)
+
+
+@pytest.mark.parametrize("command", [["detect", "a.png", "drink"], ["batch", ".", "-i", "drink"]])
+def test_a_segmenter_that_is_not_there_is_told_before_anything_is_answered(
+    run: Run, tiny_pair_folder: Path, command: list[str]
+) -> None:
+    ran = run(*command, "-m", tiny_pair_folder, "--masks", "--segmenter", "no such folder")
+    assert ran.exit_code == 1
+    assert ran.stderr.startswith("error: Cannot load a SAM 2 from no such folder")
+    assert ran.stdout == ""
+
+
 def test_every_option_is_a_flag_with_its_help(run: Run) -> None:
     shown = run("detect", "--help", env={"COLUMNS": "300"}).stdout
     for option in fields(Options):

@@ -44,6 +44,7 @@ from detgpt.serve.metrics import CLIENT_GONE, Counted, Metrics
 
 MAX_BODY = MAX_BYTES * 4 // 3 + 2**16  # the largest image as base64, and room for the rest
 DETECT, STREAM = "/v1/detect", "/v1/detect/stream"
+COSTLY = ("max_new_tokens", "tiles", "masks")  # a client may ask for no more of these than the server starts with
 BEARER = HTTPBearer(auto_error=False, description="One of the server's API keys.")
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ def create_app(model: DetGPT, serving: Serving) -> FastAPI:
             result = await _unless_gone(request, batcher.detect(await reader.read(request)))
         if result is None:
             return Response(status_code=CLIENT_GONE)
-        return Response(result.to_json(), media_type="application/json")
+        return Response(await run_sync(result.to_json), media_type="application/json")  # masks take their time
 
     @app.post(
         STREAM,
@@ -156,8 +157,10 @@ class _Reader:
     async def read(self, request: Request) -> Asked:
         wish = await messages.read(request)
         options = self.options.updated(wish.options())
-        if options.max_new_tokens > self.options.max_new_tokens:
-            raise InputError(f"max_new_tokens may be at most {self.options.max_new_tokens} on this server")
+        for name in COSTLY:
+            asked, most = getattr(options, name), getattr(self.options, name)
+            if asked > most:
+                raise InputError(f"{name}={asked!r} is more than this server gives: {name} may be at most {most!r}")
         names = ParsedAnswer.of_names(wish.names).names if wish.names is not None else ()
         if wish.instruction is not None and not wish.instruction.strip():
             raise InputError("the instruction is empty: say in words what you want to find")
@@ -224,7 +227,7 @@ async def _server_sent(
     event = first
     try:
         while True:
-            yield _event(event)
+            yield await run_sync(_event, event)
             if isinstance(event, Detections):
                 return
             with anyio.fail_after(max(0, deadline - anyio.current_time())):

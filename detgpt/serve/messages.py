@@ -146,12 +146,20 @@ def request_body() -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------- answers
 
 
+class Mask(BaseModel):
+    """The pixels of a thing as COCO's uncompressed run lengths; see `detgpt.masks`."""
+
+    size: tuple[int, int] = Field(description="height and width of the picture")
+    counts: list[int] = Field(description="pixels outside, inside, outside … down one column after the other")
+
+
 class Detection(BaseModel):
     """One box, in pixels of the picture: left, top, right, bottom."""
 
     label: str
     score: float
     xyxy: tuple[float, float, float, float]
+    mask: Mask | None = Field(None, description="where masks were asked for")
 
 
 class Answer(BaseModel):

@@ -96,7 +96,8 @@ def floor(options: Options) -> float:
 
 
 def _everything(model: DetGPT) -> dict[str, Any]:
-    return {"box_threshold": floor(model.options), "nms_threshold": 1.0, "share_boxes": True}
+    # No masks: they would be those of boxes that are mostly not shown.
+    return {"box_threshold": floor(model.options), "nms_threshold": 1.0, "share_boxes": True, "masks": False}
 
 
 def _literal(text: str) -> str:
