@@ -55,7 +55,7 @@ def _answers(
     jobs: Sequence[Job],
     batch_size: int,
     replicas: int,
-    reserved: dict[str, int],
+    reserved: dict[str, Any],
     debug: bool,
 ) -> Iterator[list[dict[str, Any]]]:
     """The records of each batch, whichever is done first."""
@@ -80,7 +80,10 @@ def _answers(
         enable_true_multi_threading=True,
     )
     answered = ray.data.from_items(rows, override_num_blocks=min(len(rows), BLOCKS)).map(
-        _Worker, fn_constructor_args=(load, Path.cwd()), compute=pool, **reserved
+        _Worker,  # type: ignore[arg-type]  # Ray's own type for classes asks for what its documents do not
+        fn_constructor_args=(load, Path.cwd()),
+        compute=pool,
+        **reserved,
     )
     try:
         for row in answered.iter_rows():

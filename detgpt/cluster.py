@@ -79,7 +79,7 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
-def shared_out(replicas: int | None, device: str | None) -> tuple[int, dict[str, int]]:
+def shared_out(replicas: int | None, device: str | None) -> tuple[int, dict[str, Any]]:
     """How many copies of the model the connected cluster runs, and what Ray reserves for each.
 
     A copy takes a GPU; on machines without, or with `device` "cpu", an equal part of the cores. Raises `InputError`

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from detgpt.cluster import Cluster, connected, shared_out
 from detgpt.errors import DetGPTError, InputError, MissingExtraError
@@ -72,7 +72,7 @@ def run(
                 time.sleep(0.2)
 
 
-def application(load: Callable[[], DetGPT], serving: Serving, replicas: int, reserved: dict[str, int]) -> Application:
+def application(load: Callable[[], DetGPT], serving: Serving, replicas: int, reserved: dict[str, Any]) -> Application:
     """What Ray Serve runs: `replicas` of the service, for each of which `reserved` is set aside."""
     from ray import serve
 
@@ -82,8 +82,7 @@ def application(load: Callable[[], DetGPT], serving: Serving, replicas: int, res
         os.chdir(folder)  # a path means on every machine what it means here
         return create_app(load(), serving)
 
-    deployment = serve.deployment(
-        serve.ingress(build)(),
+    deployed = serve.deployment(
         name=NAME,
         num_replicas=replicas,
         ray_actor_options=reserved,
@@ -93,4 +92,4 @@ def application(load: Callable[[], DetGPT], serving: Serving, replicas: int, res
         graceful_shutdown_timeout_s=serving.timeout + 5,  # every request has ended by then
         graceful_shutdown_wait_loop_s=0.5,
     )
-    return deployment.bind()
+    return deployed(serve.ingress(build)()).bind()
