@@ -36,7 +36,7 @@ picto: $(READY)
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable ".[demo,dev,eval,finetune,groundingdino,openai,pandas,ros,serve,supervision]"
+	$(BIN)/pip install --quiet --editable ".[demo,dev,eval,finetune,groundingdino,openai,pandas,ray,ros,serve,supervision]"
 	touch $(READY)
 
 clean:

@@ -29,6 +29,8 @@ from detgpt.results import Detections, coco_document
 READERS = 4  # threads
 AHEAD = 2  # batches that are being read while one is in the models
 
+Progress = Callable[[int, int], None]  # told how many are done, and of how many
+
 
 @dataclass(frozen=True)
 class Job:
@@ -105,7 +107,7 @@ def run(
     output: Path,
     *,
     batch_size: int = 8,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
     **options: Any,
 ) -> Outcome:
     """Answer `jobs` into `output`: `.jsonl`, `.json` (COCO) or `.parquet`; what is in it already is not repeated.
@@ -114,6 +116,21 @@ def run(
     other two forms are written when all is done; until then the lines wait in `OUTPUT.progress.jsonl` beside it.
     Raises `InputError` for another suffix, `MissingExtraError` for Parquet without its packages.
     """
+
+    def answers(todo: Sequence[Job]) -> Iterator[list[dict[str, Any]]]:
+        for batch in _read_ahead(todo, batch_size):
+            yield answer(model, batch, **options)
+
+    return write(jobs, output, answers, progress)
+
+
+def write(
+    jobs: Sequence[Job],
+    output: Path,
+    answers: Callable[[Sequence[Job]], Iterator[list[dict[str, Any]]]],
+    progress: Progress = lambda done, total: None,
+) -> Outcome:
+    """`run`, with what makes records of the jobs that are left; they may come in any order, a batch at a time."""
     convert = _converter(output)
     log = output.with_name(f"{output.name}.progress.jsonl") if convert else output
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -121,33 +138,50 @@ def run(
     todo = [job for job in jobs if job not in earlier]
     answered = unreadable = 0
     progress(len(jobs) - len(todo), len(jobs))
-    with log.open("a", encoding="utf-8") as lines:
-        for batch in _read_ahead(todo, batch_size):
-            pictures = [(picture, job.wish) for job, picture in batch if not isinstance(picture, ImageError)]
-            results = iter(model.detect_batch(pictures, **options))
-            for job, picture in batch:
-                broken = isinstance(picture, ImageError)
-                found = {"error": str(picture)} if broken else next(results).to_dict()
-                lines.write(json.dumps(job.record(**found), ensure_ascii=False, allow_nan=False) + "\n")
+    with log.open("a", encoding="utf-8", errors="backslashreplace") as lines:
+        for records in answers(todo) if todo else ():
+            lines.writelines(map(_line, records))
             lines.flush()
-            answered += len(pictures)
-            unreadable += len(batch) - len(pictures)
+            broken = sum("error" in record for record in records)
+            answered += len(records) - broken
+            unreadable += broken
             progress(len(jobs) - len(todo) + answered + unreadable, len(jobs))
+    records = _read_log(log)
+    place = {job: number for number, job in enumerate(jobs)}
+    ordered = sorted(records, key=lambda record: place.get(Job.of(record), -1))  # those of other jobs stay in front
     if convert:
-        convert(_read_log(log), output)
+        convert(ordered, output)
         log.unlink()
+    elif ordered != records:
+        _write_lines(ordered, output)
     return Outcome(answered, unreadable, len(jobs) - len(todo))
 
 
+def read(job: Job) -> tuple[Job, Image.Image | ImageError]:
+    """A job with its picture, or with what is wrong with it."""
+    try:
+        return job, load_image(job.image)
+    except ImageError as error:
+        return job, error
+
+
+def answer(
+    model: DetGPT, batch: Sequence[tuple[Job, Image.Image | ImageError]], **options: Any
+) -> list[dict[str, Any]]:
+    """The records of a batch, which goes through the models together but for what could not be read."""
+    pictures = [(picture, job.wish) for job, picture in batch if not isinstance(picture, ImageError)]
+    results = iter(model.detect_batch(pictures, **options))
+    return [
+        job.record(**({"error": str(picture)} if isinstance(picture, ImageError) else next(results).to_dict()))
+        for job, picture in batch
+    ]
+
+
 def _read_ahead(jobs: Sequence[Job], batch_size: int) -> Iterator[list[tuple[Job, Image.Image | ImageError]]]:
-    """The jobs in batches, each with its picture or what is wrong with it."""
+    """The jobs in batches, each with its picture or what is wrong with it.
 
-    def read(job: Job) -> tuple[Job, Image.Image | ImageError]:
-        try:
-            return job, load_image(job.image)
-        except ImageError as error:
-            return job, error
-
+    One batch at a time is in the models: two at once, one reasoning and one detecting, take each other's cores.
+    """
     with ThreadPoolExecutor(READERS, "detgpt-read") as pool:
         reading: deque[Future[tuple[Job, Image.Image | ImageError]]] = deque()
         upcoming = iter(jobs)
@@ -197,12 +231,25 @@ def _converter(output: Path) -> Callable[[list[dict[str, Any]], Path], None] | N
     raise InputError(f"{str(output)!r} has no known form: end it in .jsonl, .json (COCO) or .parquet")
 
 
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _write_lines(records: list[dict[str, Any]], output: Path) -> None:
+    _write_text("".join(map(_line, records)), output)
+
+
+def _write_text(text: str, output: Path) -> None:
+    """A file name that is no UTF-8 comes as lone surrogates; their backslash form is also JSON's own escape."""
+    temporary = output.with_name(f".{output.name}")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    temporary.replace(output)
+
+
 def _write_coco(records: list[dict[str, Any]], output: Path) -> None:
     # A generator: with masks, all results at once would fill the memory.
     found = ((record["image"], Detections.from_dict({"instruction": None, **record})) for record in _answered(records))
-    temporary = output.with_name(f".{output.name}")
-    temporary.write_text(json.dumps(coco_document(found), ensure_ascii=False), encoding="utf-8")
-    temporary.replace(output)
+    _write_text(json.dumps(coco_document(found), ensure_ascii=False), output)
 
 
 def _write_parquet(records: list[dict[str, Any]], output: Path) -> None:

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -21,9 +22,10 @@ import typer
 from PIL import Image
 from rich.table import Table
 
-from detgpt import __version__, terminal
+from detgpt import __version__, batch_ray, terminal
 from detgpt import batch as batches
 from detgpt.answer import ParsedAnswer
+from detgpt.cluster import Cluster
 from detgpt.errors import DetGPTError, InputError, ModelError
 from detgpt.flags import Choice, with_model
 from detgpt.images import PICTURE_SUFFIXES, load_image
@@ -33,6 +35,7 @@ from detgpt.reasoners import Turn
 from detgpt.results import Detections, coco_document
 from detgpt.serve import Serving
 from detgpt.serve import run as run_service
+from detgpt.serve.ray import run as run_service_on_ray
 from detgpt.web import demo
 
 PICTO_NOTE = "picto knows pictograms only; for photographs add --model base"
@@ -153,6 +156,7 @@ def batch(
     batch_size: Annotated[int, typer.Option(min=1, help="Images that go through the models together.")] = 8,
     *,
     choice: Choice,
+    cluster: Cluster,
     settings: dict[str, Any],
 ) -> None:
     """Answer a wish for many images; started again, it goes on where it was interrupted.
@@ -160,15 +164,22 @@ def batch(
     detgpt batch photos/ -i "I am thirsty" -o found.jsonl
 
     A line of a list is {"image": "a.jpg"}, and may have an "instruction" or "names" of its own. A picture that
-    cannot be read is noted in the results, and the rest goes on.
+    cannot be read is noted in the results, and the rest goes on. On a Ray cluster every machine needs detgpt, the
+    pictures and the folder that this is started in.
     """
     if instruction and names:
         raise typer.BadParameter("--instruction and --names exclude each other: choose one")
     with terminal.usage():
         jobs = batches.read_jobs(source, names.split(",") if names else instruction)
-    model = choice.load(settings, reasons=any(isinstance(job.wish, str) for job in jobs))
+    reasons = any(isinstance(job.wish, str) for job in jobs)
+    load = partial(choice.load, settings, reasons=reasons)
+    if cluster.ray:
+        choice.pair(reasons)  # a wrong name is told before a cluster is troubled
+        answer = partial(batch_ray.run, load, cluster=cluster, device=choice.device, debug=choice.debug)
+    else:
+        answer = partial(batches.run, load())
     with terminal.progress(f"{len(jobs)} images") as progress:
-        outcome = batches.run(model, jobs, output, batch_size=batch_size, progress=progress)
+        outcome = answer(jobs, output, batch_size=batch_size, progress=progress)
     unreadable = f", {outcome.unreadable} could not be read" if outcome.unreadable else ""
     earlier = f", {outcome.earlier} were there already" if outcome.earlier else ""
     terminal.note(f"wrote {output}: {outcome.answered} images answered{unreadable}{earlier}")
@@ -215,14 +226,19 @@ def chat(
 
 @app.command()
 @with_model
-def serve(*, choice: Choice, serving: Serving, settings: dict[str, Any]) -> None:
+def serve(*, choice: Choice, serving: Serving, cluster: Cluster, settings: dict[str, Any]) -> None:
     """Answer over HTTP: POST /v1/detect. Ctrl-C or SIGTERM lets running requests finish.
 
     detgpt serve --port 8000
 
     curl -F image=@kitchen.png -F instruction="I am thirsty" http://127.0.0.1:8000/v1/detect
     """
-    run_service(lambda: choice.load(settings), serving)
+    load = partial(choice.load, settings)
+    if cluster.ray:
+        choice.pair(reasons=True)
+        run_service_on_ray(load, serving, cluster, device=choice.device, debug=choice.debug)
+    else:
+        run_service(load, serving)
 
 
 app.command()(demo)

@@ -102,7 +102,7 @@ def with_model(command: Callable[..., None]) -> Callable[..., None]:
         with terminal.reporting(filled["choice"].debug):
             command(**given, **filled, settings=chosen["settings"])
 
-    headings = {"choice": "Models", "serving": "Service"}
+    headings = {"choice": "Models", "serving": "Service", "cluster": "Several machines"}
     run.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[
             *own,

@@ -8,18 +8,29 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from detgpt.draw import target_colours
 from detgpt.errors import DetGPTError, InputError
 from detgpt.results import Detections
+
+SECONDS_BETWEEN_LINES = 60.0  # of progress, where there is no terminal to draw a bar on
 
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
@@ -137,10 +148,36 @@ def status(text: str, debug: bool) -> AbstractContextManager[Any]:
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, moved by calls with how many are done and how many there are."""
-    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    """A bar on a terminal, moved by calls with how many are done and how many there are; else a line a minute.
+
+    What was done at the first call counts as done before, and not for the rate.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    bar = Progress(*columns, console=err, transient=True, disable=not err.is_terminal, speed_estimate_period=600)
+    with bar:
+        bar.add_task(title, total=None)
+        task = bar.tasks[0]
+        told = bar.get_time()
+
+        def move(done: int, total: int) -> None:
+            nonlocal told
+            bar.update(task.id, completed=done, total=total)
+            if not err.is_terminal and bar.get_time() - told >= SECONDS_BETWEEN_LINES:
+                told = bar.get_time()
+                left = task.time_remaining
+                time_left = "" if left is None else f"{timedelta(seconds=round(left))} left"
+                note(", ".join(filter(None, [f"{title}: {done} of {total}", str(_Rate().render(task)), time_left])))
+
+        yield move
+
+
+class _Rate(ProgressColumn):
+    """How many a second; a minute where that is less than one."""
+
+    def render(self, task: Task) -> Text:
+        if task.speed is None:
+            return Text("")
+        return Text(f"{task.speed:.1f}/s" if task.speed >= 1 else f"{task.speed * 60:.1f}/min", "dim")
 
 
 @contextmanager

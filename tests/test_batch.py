@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,9 +14,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from detgpt import DetGPT, InputError
+from detgpt import DetGPT, InputError, terminal
 from detgpt.batch import Job, Outcome, read_jobs, run
 from detgpt.cli import app
 
@@ -109,6 +112,33 @@ def test_progress_counts_to_the_end(model: DetGPT, photos: Path, tmp_path: Path)
     seen: list[tuple[int, int]] = []
     run(model, read_jobs(str(photos), "drink"), tmp_path / "f.jsonl", batch_size=2, progress=lambda *p: seen.append(p))
     assert seen == [(0, 5), (2, 5), (4, 5), (5, 5)]
+
+
+def test_progress_shows_rate_and_time_left_and_does_not_count_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    for is_terminal in (True, False):
+        shown = io.StringIO()
+        monkeypatch.setattr(terminal, "err", Console(file=shown, force_terminal=is_terminal, width=100))
+        monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", 0)
+        with terminal.progress("photos") as progress:
+            progress(9_000, 10_000)  # from an earlier run
+            time.sleep(0.5)
+            progress(9_010, 10_000)
+            time.sleep(0.2)  # the bar is drawn ten times a second
+        last = [line for line in re.split(r"[\r\n]+", shown.getvalue()) if "9010" in line][-1]
+        rate = float(re.search(r"([\d.]+)/s", last)[1])  # type: ignore[index]
+        assert "photos" in last and re.search(r"9010(/| of )10000", last)
+        assert 5 < rate <= 20
+        assert re.search(r"0:0[01]:\d\d", last), "990 at up to 20 a second take a minute or so"
+
+
+def test_a_file_name_that_is_no_unicode_stops_nobody(model: DetGPT, photos: Path, tmp_path: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9.png")
+    (photos / "a.png").rename(photos / odd)
+    jobs = read_jobs(str(photos), "drink")
+    for suffix in (".jsonl", ".json"):
+        assert run(model, jobs, tmp_path / f"found{suffix}") == Outcome(5, 0, 0)
+    assert run(model, jobs, tmp_path / "found.jsonl") == Outcome(0, 0, 5)
+    assert str(photos / odd) in [line["image"] for line in lines_of(tmp_path / "found.jsonl")]
 
 
 def test_coco_and_parquet_hold_the_same_boxes(model: DetGPT, photos: Path, tmp_path: Path) -> None:

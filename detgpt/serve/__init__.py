@@ -4,7 +4,8 @@
     curl -F image=@kitchen.png -F instruction="I am thirsty" http://127.0.0.1:8000/v1/detect
 
 `batching.py` gathers requests into batches, `messages.py` says what goes in and out, `app.py` is the HTTP around
-them, `metrics.py` what is counted. Importing this file is cheap; the web framework loads when a service starts.
+them, `metrics.py` what is counted; `ray.py` runs it all on several machines. Importing this file is cheap; the web
+framework loads when a service starts.
 """
 
 from __future__ import annotations
@@ -89,10 +90,14 @@ def run(load: Callable[[], DetGPT], serving: Serving) -> None:
         server_header=False,
     )
     socket = config.bind_socket()  # a port that is taken is told before gigabytes are loaded
-    if serving.host not in ("127.0.0.1", "::1", "localhost") and not serving.api_keys:
-        log.warning("whoever reaches %s may use this service: give it an API key", serving.host)
+    warn_of_strangers(serving)
     try:
         config.app = app.create_app(load(), serving)
         uvicorn.Server(config).run([socket])
     finally:
         socket.close()
+
+
+def warn_of_strangers(serving: Serving) -> None:
+    if serving.host not in ("127.0.0.1", "::1", "localhost") and not serving.api_keys:
+        log.warning("whoever reaches %s may use this service: give it an API key", serving.host)
