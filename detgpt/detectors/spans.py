@@ -72,9 +72,8 @@ def known_tokens(tokenizer: Any, text: str) -> list[bool]:
 
 def known_offsets(tokenizer: Any, encoded: Any) -> np.ndarray:
     """The characters of each token of a batch, (B, T, 2); none for the unknown, which says nothing about its name."""
-    offsets = np.array(encoded["offset_mapping"])
-    offsets[np.array(encoded["input_ids"]) == tokenizer.unk_token_id] = 0
-    return offsets
+    unknown = np.asarray(encoded["input_ids"]) == tokenizer.unk_token_id
+    return np.where(unknown[..., None], 0, np.asarray(encoded["offset_mapping"]))
 
 
 def read_names(names: Sequence[str], known: Callable[[str], Sequence[bool]], room: int) -> list[tuple[str, int]]:
