@@ -4,7 +4,7 @@
     └── DetGPTError
         ├── InputError (also ValueError)          a wrong argument: a threshold of 7, an empty instruction
         │   └── ImageError                        the image cannot be read or fetched, or is over a limit
-        ├── ModelError                            a checkpoint is missing, of the wrong kind, or does not load
+        ├── ModelError                            a checkpoint does not load, or a server does not answer
         └── MissingExtraError (also ImportError)  an optional package is not installed
 
 Callers' mistakes raise; a model's mistakes do not: a malformed answer is data, see `Detections.problem`.
@@ -28,7 +28,7 @@ class ImageError(InputError):
 
 
 class ModelError(DetGPTError):
-    """A checkpoint or model folder is missing, of the wrong kind, or does not load."""
+    """A checkpoint or model folder is missing, of the wrong kind, or does not load; or a model's server fails."""
 
 
 class MissingExtraError(DetGPTError, ImportError):
