@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
@@ -24,6 +24,9 @@ class Choice:
     model: a pair of models by name (see `detgpt models`), or a folder that holds detgpt.json.
     reasoner: hub id or folder of a reasoner; goes with --detector and stands in for --model.
     detector: hub id or folder of a Grounding DINO detector; with --names it needs no --reasoner.
+    base_url: OpenAI-compatible server that runs the reasoner, such as http://localhost:8000/v1; --reasoner is its
+        name there.
+    reasoner_key: key for that server; without it OPENAI_API_KEY is sent, but only to the server of OPENAI_BASE_URL.
     device: where to run, such as cpu, cuda or cuda:1; a GPU where there is one unless given.
     dtype: number format of the reasoner's weights, such as float32 or bfloat16.
     debug: show tracebacks, and the libraries' own messages.
@@ -32,6 +35,8 @@ class Choice:
     model: str = field(default="picto", metadata={"flags": ("--model", "-m")})
     reasoner: str | None = None
     detector: str | None = None
+    base_url: str | None = None
+    reasoner_key: str | None = field(default=None, repr=False, metadata={"envvar": "DETGPT_REASONER_KEY"})
     device: str | None = None
     dtype: str | None = None
     debug: bool = field(default=False, metadata={"flags": ("--debug",)})
@@ -39,19 +44,23 @@ class Choice:
     def pair(self, reasons: bool) -> ModelPair:
         """The chosen pair; with `reasons` False it may lack its reasoner."""
         if self.reasoner is None and self.detector is None:
-            return resolve(self.model)
+            pair = resolve(self.model)
+            return replace(pair, base_url=self.base_url or pair.base_url)
         if self.detector is None or (reasons and self.reasoner is None):
             raise typer.BadParameter("name both parts: --reasoner and --detector go together")
-        return ModelPair(self.reasoner or "", self.detector)
+        return ModelPair(self.reasoner or "", self.detector, base_url=self.base_url)
 
     def load(self, settings: dict[str, Any], *, reasons: bool = True) -> DetGPT:
         pair = self.pair(reasons)
         options = Options().updated({**pair.options, **settings})
-        parts = [pair.reasoner, pair.detector] if reasons else [pair.detector]
+        loading: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        if pair.base_url:
+            loading |= {"base_url": pair.base_url, "api_key": self.reasoner_key}
         # Without reasoning nobody asks the reasoner, so the gigabytes of a real one stay where they are.
         reasoner = pair.reasoner if reasons else ScriptedReasoner(["Targets: []"])
+        parts = [pair.detector, *([pair.reasoner] if reasons and not pair.base_url else [])]
         with terminal.loading(self.model if self.detector is None else self.detector, parts, self.debug):
-            return DetGPT(reasoner, pair.detector, device=self.device, dtype=self.dtype, options=options)
+            return DetGPT(reasoner, pair.detector, options=options, **loading)
 
 
 def _flags(kind: type, heading: str) -> Iterator[inspect.Parameter]:

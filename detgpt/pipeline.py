@@ -75,7 +75,9 @@ class DetGPT:
 
     `reasoner` and `detector` are hub ids, local folders, or objects with the one verb of their protocol
     (`detgpt.reasoners.Reasoner.reason`, `detgpt.detectors.Detector.detect`). `device`, `dtype` and `loading`
-    (quantization, device_map, revision, …) go to the backends that load them. `options` are the model's defaults.
+    (quantization, device_map, revision, …) go to the backends that load them; with `base_url` the reasoner is a model
+    that a server runs, and `loading` goes to `detgpt.reasoners.openai.OpenAIReasoner`. `options` are the model's
+    defaults.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class DetGPT:
         """
         pair = resolve(model)
         options = Options().updated(dict(pair.options))
+        loading = {"base_url": pair.base_url, **loading}
         return cls(pair.reasoner, pair.detector, device=device, dtype=dtype, options=options, **loading)
 
     def __repr__(self) -> str:

@@ -25,9 +25,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_reasoners import ask, image, read
+from typer.testing import CliRunner
 
 from detgpt import DetGPT
 from detgpt.answer import format_instruction, name_confidence, parse_answer
+from detgpt.cli import app
 from detgpt.errors import InputError, ModelError
 from detgpt.reasoners import RawAnswer, Request, TokenSpan, Turn
 from detgpt.reasoners.openai import OpenAIReasoner
@@ -462,6 +464,47 @@ def test_nobody_waits_longer_than_the_time_out(serve: Serve, fault: Fault) -> No
 def test_an_absent_server_is_an_error_with_its_address() -> None:
     with pytest.raises(ModelError, match=r"http://127\.0\.0\.1:9/v1.*refused"):
         OpenAIReasoner("vlm", "http://127.0.0.1:9/v1", max_retries=0).reason([ask("drink")])
+
+
+# --- the ways in ---
+
+
+def test_the_command_line_asks_a_server(serve: Serve, tiny_detector_folder: Path, tmp_path: Path) -> None:
+    server = serve()
+    image().save(tmp_path / "a.png")
+    parts = ["--reasoner", "some/vlm", "--detector", str(tiny_detector_folder), "--base-url", server.url]
+    command = ["detect", str(tmp_path / "a.png"), "drink", *parts, "--box-threshold", "0", "--json"]
+    ran = CliRunner().invoke(app, command, env={"DETGPT_REASONER_KEY": "mine", "OPENAI_API_KEY": "s3cret"})
+    assert ran.exit_code == 0, ran.output
+    confidence = pytest.approx(math.exp(-0.5), abs=1e-4)
+    assert json.loads(ran.stdout)["targets"] == [{"name": "cup", "confidence": confidence, "found": True}]
+    assert server.asked[0]["model"] == "some/vlm"
+    assert server.headers[0]["Authorization"] == "Bearer mine"
+
+
+@pytest.mark.parametrize("command", [["chat"], ["batch", "-i", "drink", "-o", "out.jsonl"]])
+def test_a_pairs_reasoner_may_run_elsewhere(
+    serve: Serve, tiny_pair_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    server = serve(b"The server speaks.", b'\nTargets: ["cup"]')
+    monkeypatch.chdir(tmp_path)
+    image().save("a.png")
+    model = ["--model", str(tiny_pair_folder), "--base-url", server.url]
+    ran = CliRunner().invoke(
+        app, [command[0], "a.png" if command == ["chat"] else ".", *command[1:], *model], "drink\n"
+    )
+    assert ran.exit_code == 0, ran.output
+    assert "The server speaks." in ran.stdout + "".join(path.read_text() for path in tmp_path.glob("*.jsonl"))
+
+
+def test_a_pair_may_name_a_server(serve: Serve, tiny_detector_folder: Path, tmp_path: Path) -> None:
+    server = serve()
+    (tmp_path / "detector").symlink_to(tiny_detector_folder)
+    described = {"reasoner": "some/vlm", "detector": "detector", "base_url": server.url}
+    (tmp_path / "detgpt.json").write_text(json.dumps(described))
+    model = DetGPT.from_pretrained(tmp_path)
+    assert [target.name for target in model.detect(image(), "drink").targets] == ["cup"]
+    assert server.asked[0]["model"] == "some/vlm"
 
 
 # --- a server of others ---
