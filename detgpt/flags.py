@@ -12,7 +12,7 @@ import typer
 
 from detgpt import terminal
 from detgpt.described import described
-from detgpt.models import ModelPair, resolve
+from detgpt.models import OWN_BOXES, ModelPair, resolve
 from detgpt.pipeline import DetGPT, Options
 from detgpt.reasoners.scripted import ScriptedReasoner
 
@@ -23,7 +23,8 @@ class Choice:
 
     model: a pair of models by name (see `detgpt models`), or a folder that holds detgpt.json.
     reasoner: hub id or folder of a reasoner; goes with --detector and stands in for --model.
-    detector: hub id or folder of a Grounding DINO detector; with --names it needs no --reasoner.
+    detector: hub id or folder of a Grounding DINO detector, or the word reasoner for that model's own boxes;
+        with --names it needs no --reasoner.
     base_url: OpenAI-compatible server that runs the reasoner, such as http://localhost:8000/v1; --reasoner is its
         name there.
     reasoner_key: key for that server; without it OPENAI_API_KEY is sent, but only to the server of OPENAI_BASE_URL.
@@ -46,7 +47,7 @@ class Choice:
         if self.reasoner is None and self.detector is None:
             pair = resolve(self.model)
             return replace(pair, base_url=self.base_url or pair.base_url)
-        if self.detector is None or (reasons and self.reasoner is None):
+        if self.detector is None or (self.reasoner is None and (reasons or self.detector == OWN_BOXES)):
             raise typer.BadParameter("name both parts: --reasoner and --detector go together")
         return ModelPair(self.reasoner or "", self.detector, base_url=self.base_url)
 
@@ -57,8 +58,10 @@ class Choice:
         if pair.base_url:
             loading |= {"base_url": pair.base_url, "api_key": self.reasoner_key}
         # Without reasoning nobody asks the reasoner, so the gigabytes of a real one stay where they are.
-        reasoner = pair.reasoner if reasons else ScriptedReasoner(["Targets: []"])
-        parts = [pair.detector, *([pair.reasoner] if reasons and not pair.base_url else [])]
+        asked = reasons or pair.detector == OWN_BOXES
+        reasoner = pair.reasoner if asked else ScriptedReasoner(["Targets: []"])
+        parts = [pair.detector] if pair.detector != OWN_BOXES else []
+        parts += [pair.reasoner] if asked and not pair.base_url else []
         with terminal.loading(self.model if self.detector is None else self.detector, parts, self.debug):
             return DetGPT(reasoner, pair.detector, options=options, **loading)
 

@@ -5,7 +5,7 @@ A pair is named ("picto", "small", "base", "large") or is a folder with a `detgp
     {"reasoner": "reasoner", "detector": "detector", "options": {"box_threshold": 0.3}}
 
 Paths in it are relative to the folder; anything else is a hub id. With "base_url" the reasoner is the name of a model
-that a server runs.
+that a server runs; the detector "reasoner" means the reasoner's own boxes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _PACKAGE = Path(__file__).parent
 PAIR_FILE = "detgpt.json"
+OWN_BOXES = "reasoner"  # in a detector's place
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def resolve(model: str | Path) -> ModelPair:
         return replace(
             found,
             reasoner=found.reasoner if found.base_url else _local_or_hub(pair, found.reasoner),
-            detector=_local_or_hub(pair, found.detector),
+            detector=found.detector if found.detector == OWN_BOXES else _local_or_hub(pair, found.detector),
         )
     except (json.JSONDecodeError, TypeError) as error:
         raise ModelError(
@@ -131,6 +132,13 @@ def load_detector(detector: str | Path | Detector, **loading: Any) -> Detector:
     from detgpt.detectors.grounding_dino import GroundingDinoDetector
 
     return GroundingDinoDetector(detector, **loading)
+
+
+def own_boxes(reasoner: Reasoner) -> Detector:
+    """The detector that asks `reasoner` for its boxes."""
+    from detgpt.detectors.reasoner import ReasonerDetector
+
+    return ReasonerDetector(reasoner)
 
 
 def _with_verb(part: Any, kind: str, verb: str) -> Any:

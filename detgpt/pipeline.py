@@ -18,7 +18,7 @@ from detgpt.answer import RETRY_INSTRUCTION, ParsedAnswer, name_confidence, pars
 from detgpt.boxes import nms_per_target, one_target_per_box
 from detgpt.errors import InputError
 from detgpt.images import ImageSource, load_image
-from detgpt.models import load_detector, load_reasoner, resolve
+from detgpt.models import OWN_BOXES, load_detector, load_reasoner, own_boxes, resolve
 from detgpt.reasoners import RawAnswer, Request, Turn
 from detgpt.results import Detections, Target
 
@@ -74,10 +74,10 @@ class DetGPT:
     """A reasoner and a detector, loaded once; safe to call from several threads.
 
     `reasoner` and `detector` are hub ids, local folders, or objects with the one verb of their protocol
-    (`detgpt.reasoners.Reasoner.reason`, `detgpt.detectors.Detector.detect`). `device`, `dtype` and `loading`
-    (quantization, device_map, revision, …) go to the backends that load them; with `base_url` the reasoner is a model
-    that a server runs, and `loading` goes to `detgpt.reasoners.openai.OpenAIReasoner`. `options` are the model's
-    defaults.
+    (`detgpt.reasoners.Reasoner.reason`, `detgpt.detectors.Detector.detect`); `detector="reasoner"` takes the boxes that
+    the reasoner itself writes. `device`, `dtype` and `loading` (quantization, device_map, revision, …) go to the
+    backends that load them; with `base_url` the reasoner is a model that a server runs, and `loading` goes to
+    `detgpt.reasoners.openai.OpenAIReasoner`. `options` are the model's defaults.
     """
 
     def __init__(
@@ -90,8 +90,9 @@ class DetGPT:
         options: Options | None = None,
         **loading: Any,
     ):
-        self.detector = load_detector(detector, device=device)
+        loaded = None if detector == OWN_BOXES else load_detector(detector, device=device)
         self.reasoner = load_reasoner(reasoner, device=device, dtype=dtype, **loading)
+        self.detector = own_boxes(self.reasoner) if loaded is None else loaded
         self.options = options or Options()
 
     @classmethod

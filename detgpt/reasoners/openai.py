@@ -101,6 +101,14 @@ class OpenAIReasoner:
         _check_at_least(1, max_new_tokens=max_new_tokens)
         return self._stream(request, max_new_tokens, speaks=True)
 
+    def input_size(self, image: Image.Image) -> tuple[int, int]:
+        """(width, height) in pixels at which a served Qwen2.5-VL, with its published settings, reads `image`."""
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+        with Image.open(io.BytesIO(_jpeg(image, *self._max_image))) as sent:
+            height, width = smart_resize(sent.height, sent.width, factor=28, min_pixels=3136, max_pixels=12_845_056)
+        return width, height
+
     def _answer(self, request: Request, max_new_tokens: int) -> RawAnswer:
         stream = self._stream(request, max_new_tokens, speaks=False)
         while True:
