@@ -101,7 +101,7 @@ class ParsedAnswer:
 
 def parse_answer(text: str) -> ParsedAnswer:
     """Read the last answer line of `text`. Never raises; linear in the length of `text`."""
-    begin, end, thought = _visible(text)
+    begin, end, thought = visible(text)
     found = _find_answer(text, begin, end)
     if found is None:
         reasoning = text[begin:end].strip() or thought
@@ -119,7 +119,7 @@ def parse_answer(text: str) -> ParsedAnswer:
 
 def answer_is_complete(text: str) -> bool:
     """Whether `text` holds a `Targets: [...]` line up to its closing bracket, so that no more need come."""
-    begin, end, _ = _visible(text)
+    begin, end, _ = visible(text)
     heads = [head for head in _HEAD.finditer(text, begin, end) if _starts_line(text, head.start(), begin)]
     if not heads:
         return False
@@ -155,7 +155,7 @@ _FENCE = re.compile(r"\s*(?:```[a-z]{0,10}\s*)?", re.IGNORECASE)
 _OPENING_FENCE = re.compile(r"```[a-z]{0,10}$", re.IGNORECASE)
 
 
-def _visible(text: str) -> tuple[int, int, str]:
+def visible(text: str) -> tuple[int, int, str]:
     """Range of `text` outside its <think> part, and the thought (whose opening tag the prompt may hold)."""
     close = text.rfind("</think>")
     begin = close + len("</think>") if close >= 0 else 0

@@ -5,7 +5,7 @@
         ├── InputError (also ValueError)          a wrong argument: a threshold of 7, an empty instruction
         │   ├── ImageError                        the image cannot be read or fetched, or is over a limit
         │   └── UnreadableNameError               the detector cannot read a name: too long, an unknown script
-        ├── ModelError                            a checkpoint is missing, of the wrong kind, or does not load
+        ├── ModelError                            a checkpoint does not load, or a server does not answer
         └── MissingExtraError (also ImportError)  an optional package is not installed
 
 Callers' mistakes raise; a model's mistakes do not: a malformed answer is data, see `Detections.problem`.
@@ -47,7 +47,7 @@ class UnreadableNameError(InputError):
 
 
 class ModelError(DetGPTError):
-    """A checkpoint or model folder is missing, of the wrong kind, or does not load."""
+    """A checkpoint or model folder is missing, of the wrong kind, or does not load; or a model's server fails."""
 
 
 class MissingExtraError(DetGPTError, ImportError):

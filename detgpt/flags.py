@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
 from detgpt import terminal
 from detgpt.described import described
-from detgpt.models import SEGMENTER, ModelPair, resolve
+from detgpt.models import OWN_BOXES, SEGMENTER, ModelPair, resolve
 from detgpt.pipeline import DetGPT, Options
 from detgpt.reasoners.scripted import ScriptedReasoner
 
@@ -23,8 +23,12 @@ class Choice:
 
     model: a pair of models by name (see `detgpt models`), or a folder that holds detgpt.json.
     reasoner: hub id or folder of a reasoner; goes with --detector and stands in for --model.
-    detector: hub id or folder of a Grounding DINO detector; with --names it needs no --reasoner.
+    detector: hub id or folder of an open-vocabulary detector, or the word reasoner for that model's own boxes;
+        with --names it needs no --reasoner.
     segmenter: hub id or folder of the SAM 2 that outlines things for --masks.
+    base_url: OpenAI-compatible server that runs the reasoner, such as http://localhost:8000/v1; --reasoner is its
+        name there.
+    reasoner_key: key for that server; without it OPENAI_API_KEY is sent, but only to the server of OPENAI_BASE_URL.
     device: where to run, such as cpu, cuda or cuda:1; a GPU where there is one unless given.
     dtype: number format of the reasoner's weights, such as float32 or bfloat16.
     debug: show tracebacks, and the libraries' own messages.
@@ -34,6 +38,8 @@ class Choice:
     reasoner: str | None = None
     detector: str | None = None
     segmenter: str = SEGMENTER
+    base_url: str | None = None
+    reasoner_key: str | None = field(default=None, repr=False, metadata={"envvar": "DETGPT_REASONER_KEY"})
     device: str | None = None
     dtype: str | None = None
     debug: bool = field(default=False, metadata={"flags": ("--debug",)})
@@ -41,26 +47,26 @@ class Choice:
     def pair(self, reasons: bool) -> ModelPair:
         """The chosen pair; with `reasons` False it may lack its reasoner."""
         if self.reasoner is None and self.detector is None:
-            return resolve(self.model)
-        if self.detector is None or (reasons and self.reasoner is None):
+            pair = resolve(self.model)
+            return replace(pair, base_url=self.base_url or pair.base_url)
+        if self.detector is None or (self.reasoner is None and (reasons or self.detector == OWN_BOXES)):
             raise typer.BadParameter("name both parts: --reasoner and --detector go together")
-        return ModelPair(self.reasoner or "", self.detector)
+        return ModelPair(self.reasoner or "", self.detector, base_url=self.base_url)
 
     def load(self, settings: dict[str, Any], *, reasons: bool = True) -> DetGPT:
         pair = self.pair(reasons)
         options = Options().updated({**pair.options, **settings})
-        parts = [*[pair.reasoner] * reasons, pair.detector, *[self.segmenter] * options.masks]
+        loading: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        if pair.base_url:
+            loading |= {"base_url": pair.base_url, "api_key": self.reasoner_key}
         # Without reasoning nobody asks the reasoner, so the gigabytes of a real one stay where they are.
-        reasoner = pair.reasoner if reasons else ScriptedReasoner(["Targets: []"])
+        asked = reasons or pair.detector == OWN_BOXES
+        reasoner = pair.reasoner if asked else ScriptedReasoner(["Targets: []"])
+        parts = [pair.detector] if pair.detector != OWN_BOXES else []
+        parts += [pair.reasoner] if asked and not pair.base_url else []
+        parts += [self.segmenter] if options.masks else []
         with terminal.loading(self.model if self.detector is None else self.detector, parts, self.debug):
-            return DetGPT(
-                reasoner,
-                pair.detector,
-                segmenter=self.segmenter,
-                device=self.device,
-                dtype=self.dtype,
-                options=options,
-            )
+            return DetGPT(reasoner, pair.detector, segmenter=self.segmenter, options=options, **loading)
 
 
 def _flags(kind: type, heading: str) -> Iterator[inspect.Parameter]:

@@ -4,14 +4,15 @@ A pair is named ("picto", "small", "base", "large") or is a folder with a `detgp
 
     {"reasoner": "reasoner", "detector": "detector", "options": {"box_threshold": 0.3}}
 
-Paths in it are relative to the folder; anything else is a hub id.
+Paths in it are relative to the folder; anything else is a hub id. With "base_url" the reasoner is the name of a model
+that a server runs; the detector "reasoner" means the reasoner's own boxes.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,18 +26,23 @@ if TYPE_CHECKING:
 
 _PACKAGE = Path(__file__).parent
 PAIR_FILE = "detgpt.json"
-SEGMENTER = "facebook/sam2.1-hiera-small"  # 185 MB; asked only for masks, so one serves every pair
+SEGMENTER = "facebook/sam2.1-hiera-small"  # asked only for masks, so one serves every pair
+OWN_BOXES = "reasoner"  # in a detector's place
 
 
 @dataclass(frozen=True)
 class ModelPair:
-    """A reasoner and a detector that go together, with what a user should know before choosing them."""
+    """A reasoner and a detector that go together, with what a user should know before choosing them.
+
+    base_url: address of the OpenAI-compatible server that runs the reasoner; None: it runs here.
+    """
 
     reasoner: str
     detector: str
     knows: str = ""
     needs: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    base_url: str | None = None
 
 
 def _weights_folder() -> Path:
@@ -82,15 +88,16 @@ def resolve(model: str | Path) -> ModelPair:
         )
     try:
         described = json.loads(file.read_text(encoding="utf-8"))
-        parts = {
-            **described,
-            **{part: _local_or_hub(pair, described[part]) for part in ("reasoner", "detector")},
-        }
-        return ModelPair(**parts)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        found = ModelPair(**described)
+        return replace(
+            found,
+            reasoner=found.reasoner if found.base_url else _local_or_hub(pair, found.reasoner),
+            detector=found.detector if found.detector == OWN_BOXES else _local_or_hub(pair, found.detector),
+        )
+    except (json.JSONDecodeError, TypeError) as error:
         raise ModelError(
             f"{file} is not a description of a model pair ({error}): it needs 'reasoner' and 'detector', "
-            "and may have 'options', 'knows' and 'needs'"
+            "and may have 'base_url', 'options', 'knows' and 'needs'"
         ) from error
 
 
@@ -98,13 +105,27 @@ def _local_or_hub(folder: Path, part: str) -> str:
     return str(folder / part) if (folder / part).is_dir() else part
 
 
-def load_reasoner(reasoner: str | Path | Reasoner, **loading: Any) -> Reasoner:
-    """A reasoner as it is, or the checkpoint of that hub id or folder."""
+def load_reasoner(
+    reasoner: str | Path | Reasoner,
+    *,
+    base_url: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    **loading: Any,
+) -> Reasoner:
+    """A reasoner as it is, the model of that name at the server `base_url`, or the checkpoint of a hub id or folder.
+
+    A server has its own device and dtype.
+    """
     if not isinstance(reasoner, (str, Path)):
         return _with_verb(reasoner, "reasoner", "reason")
+    if base_url:
+        from detgpt.reasoners.openai import OpenAIReasoner
+
+        return OpenAIReasoner(str(reasoner), base_url, **loading)
     from detgpt.reasoners.huggingface import HuggingFaceReasoner
 
-    return HuggingFaceReasoner(reasoner, **loading)
+    return HuggingFaceReasoner(reasoner, device=device, dtype=dtype, **loading)
 
 
 # What a checkpoint's config.json calls its model_type → the file in detectors/ and the class that load it.
@@ -145,6 +166,13 @@ def load_segmenter(segmenter: str | Path | Segmenter, *, now: bool, **loading: A
 
     lazy = LazySegmenter(str(segmenter), **loading)
     return lazy.load() if now else lazy
+
+
+def own_boxes(reasoner: Reasoner) -> Detector:
+    """The detector that asks `reasoner` for its boxes."""
+    from detgpt.detectors.reasoner import ReasonerDetector
+
+    return ReasonerDetector(reasoner)
 
 
 def _with_verb(part: Any, kind: str, verb: str) -> Any:

@@ -18,7 +18,15 @@ from detgpt.answer import RETRY_INSTRUCTION, ParsedAnswer, name_confidence, pars
 from detgpt.boxes import nms_per_target, one_target_per_box
 from detgpt.errors import InputError, UnreadableNameError
 from detgpt.images import ImageSource, load_image
-from detgpt.models import SEGMENTER, load_detector, load_reasoner, load_segmenter, resolve
+from detgpt.models import (
+    OWN_BOXES,
+    SEGMENTER,
+    load_detector,
+    load_reasoner,
+    load_segmenter,
+    own_boxes,
+    resolve,
+)
 from detgpt.reasoners import RawAnswer, Request, Turn
 from detgpt.results import Detections, Target
 from detgpt.tiles import MAX_TILES, Tiled
@@ -84,10 +92,12 @@ class DetGPT:
     """A reasoner and a detector, loaded once; safe to call from several threads.
 
     `reasoner` and `detector` are hub ids, local folders, or objects with the one verb of their protocol
-    (`detgpt.reasoners.Reasoner.reason`, `detgpt.detectors.Detector.detect`). `device`, `dtype` and `loading`
-    (quantization, device_map, revision, …) go to the backends that load them. `options` are the model's defaults.
-    `segmenter` (`detgpt.segmenters.Segmenter.segment`) outlines things for `masks=True`; it loads when that is first
-    asked for, or at once where it is the model's default.
+    (`detgpt.reasoners.Reasoner.reason`, `detgpt.detectors.Detector.detect`); `detector="reasoner"` takes the boxes that
+    the reasoner itself writes. `device`, `dtype` and `loading` (quantization, device_map, revision, …) go to the
+    backends that load them; with `base_url` the reasoner is a model that a server runs, and `loading` goes to
+    `detgpt.reasoners.openai.OpenAIReasoner`. `options` are the model's defaults. `segmenter`
+    (`detgpt.segmenters.Segmenter.segment`) outlines things for `masks=True`; it loads when that is first asked for, or
+    at once where it is the model's default.
     """
 
     def __init__(
@@ -103,8 +113,9 @@ class DetGPT:
     ):
         self.options = options or Options()
         self.segmenter = load_segmenter(segmenter, now=self.options.masks, device=device)
-        self.detector = load_detector(detector, device=device)
+        loaded = None if detector == OWN_BOXES else load_detector(detector, device=device)
         self.reasoner = load_reasoner(reasoner, device=device, dtype=dtype, **loading)
+        self.detector = own_boxes(self.reasoner) if loaded is None else loaded
 
     @classmethod
     def from_pretrained(
@@ -121,6 +132,7 @@ class DetGPT:
         """
         pair = resolve(model)
         options = Options().updated(dict(pair.options))
+        loading = {"base_url": pair.base_url, **loading}
         return cls(pair.reasoner, pair.detector, device=device, dtype=dtype, options=options, **loading)
 
     def __repr__(self) -> str:

@@ -1,18 +1,14 @@
-"""The reasoners: a real (tiny) image-text-to-text checkpoint, a real HTTP server, and the script."""
+"""The reasoners: a real (tiny) image-text-to-text checkpoint, and the script. Servers: `test_servers.py`."""
 
 from __future__ import annotations
 
-import base64
-import codecs
 import importlib.util
-import io
 import itertools
 import json
 import math
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +17,8 @@ from PIL import Image
 
 from detgpt.answer import RETRY_INSTRUCTION, format_instruction, name_confidence, parse_answer
 from detgpt.errors import InputError, MissingExtraError, ModelError
-from detgpt.reasoners import RawAnswer, Request, TokenSpan, Turn
+from detgpt.reasoners import RawAnswer, Request, Turn
 from detgpt.reasoners.huggingface import HuggingFaceReasoner, _Writer
-from detgpt.reasoners.openai import OpenAIReasoner
 from detgpt.reasoners.scripted import ScriptedReasoner
 
 # What the tiny model learns by heart: instruction → everything it would write if nobody stopped it.
@@ -306,6 +301,7 @@ def test_history_becomes_a_conversation_with_the_image_first(reasoner: HuggingFa
 def test_a_general_model_is_told_the_three_steps_once(folder: Path, tmp_path: Path) -> None:
     general = HuggingFaceReasoner(edit_config(folder, tmp_path / "general", detgpt_prompt="full"), device="cpu")
     assert prompt_of(general, ask("drink")) == f"<user><image>{format_instruction('drink')}<end><assistant>"
+    assert prompt_of(general, Request(image(), "drink", verbatim=True)) == "<user><image>drink<end><assistant>"
     chat = prompt_of(general, ask("the cold one", Turn("drink", "A cup.")))
     assert chat.endswith("A cup.<end><user>the cold one<end><assistant>")
 
@@ -405,170 +401,6 @@ def test_a_checkpoint_without_its_projector_is_refused(folder: Path, tmp_path: P
     save_file(kept, partial / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="projector"):
         HuggingFaceReasoner(partial, device="cpu")
-
-
-# --- an OpenAI-compatible server ---
-
-
-class ChatServer(ThreadingHTTPServer):
-    """Speaks the chat-completions JSON: answers with `pieces`, a token each; keeps what it was asked."""
-
-    def __init__(self, pieces: list[bytes], *, logprobs: bool = True, finish: str = "stop", status: int = 200) -> None:
-        super().__init__(("127.0.0.1", 0), ChatHandler)
-        self.pieces, self.logprobs, self.finish, self.status = pieces, logprobs, finish, status
-        self.asked: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-    def tokens(self) -> list[dict[str, Any]]:
-        return [{"token": repr(piece), "bytes": list(piece), "logprob": -0.5} for piece in self.pieces]
-
-
-class ChatHandler(BaseHTTPRequestHandler):
-    server: ChatServer
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append(asked)
-        self.server.keys.append(self.headers["Authorization"])
-        if self.path != "/v1/chat/completions":
-            self.reply(404, {"error": {"message": "no such path"}})
-        elif self.server.status != 200:
-            self.reply(self.server.status, {"error": {"message": "the model is not loaded"}})
-        elif asked.get("logprobs") and not self.server.logprobs:
-            self.reply(400, {"error": {"message": "logprobs are not supported"}})
-        elif asked.get("stream"):
-            self.reply_stream(bool(asked.get("logprobs")))
-        else:
-            logprobs = {"content": self.server.tokens()} if asked.get("logprobs") else None
-            message = {"role": "assistant", "content": b"".join(self.server.pieces).decode()}
-            self.reply(200, self.body(message=message, logprobs=logprobs, finish_reason=self.server.finish))
-
-    def body(self, **choice: Any) -> dict[str, Any]:
-        return {"id": "1", "object": "chat.completion", "model": "m", "choices": [{"index": 0, **choice}]}
-
-    def reply(self, status: int, body: dict[str, Any]) -> None:
-        payload = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def reply_stream(self, logprobs: bool) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.end_headers()
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        for token in self.server.tokens():
-            given = {"content": [token]} if logprobs else None
-            chunk = self.body(delta={"content": decoder.decode(bytes(token["bytes"]))}, logprobs=given)
-            self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
-        if self.server.finish != "lost":
-            last = self.body(delta={}, finish_reason=self.server.finish)
-            self.wfile.write(f"data: {json.dumps(last)}\n\ndata: [DONE]\n\n".encode())
-
-
-PIECES = [b"A desk", b" \xe2\x98", b"\x95.", b"\nTargets: [", b'"cup"', b"]"]  # a letter in two tokens
-TEXT = 'A desk ☕.\nTargets: ["cup"]'
-
-
-@pytest.fixture
-def serve() -> Iterator[Any]:
-    servers = []
-
-    def start(**options: Any) -> ChatServer:
-        server = ChatServer(PIECES, **options)
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        servers.append(server)
-        return server
-
-    pytest.importorskip("openai")
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def test_a_server_answers_with_text_and_token_probabilities(serve: Any) -> None:
-    server = serve()
-    answers = OpenAIReasoner(server.url, "vlm").reason([ask("drink"), ask("read")], max_new_tokens=99)
-    assert [answer.text for answer in answers] == [TEXT] * 2
-    assert answers[0].tokens[:3] == (TokenSpan(0, 6, -0.5), TokenSpan(6, 8, -0.5), TokenSpan(7, 9, -0.5))
-    assert name_confidence(answers[0], parse_answer(answers[0].text).spans[0]) == pytest.approx(math.exp(-0.5))
-    assert answers[0].complete
-    assert {asked["max_tokens"] for asked in server.asked} == {99} and server.asked[0]["model"] == "vlm"
-
-
-def test_the_server_gets_the_picture_the_history_and_the_key(serve: Any) -> None:
-    server = serve()
-    reasoner = OpenAIReasoner(server.url, "vlm", api_key="secret", image_format="png")
-    reasoner.reason([Request(image("red"), "the cold one", (Turn("drink", "A cup."),))])
-    first, second, third = server.asked[0]["messages"]
-    kind, data = first["content"][0]["image_url"]["url"].split(";base64,")
-    assert kind == "data:image/png"
-    assert Image.open(io.BytesIO(base64.b64decode(data))).getpixel((0, 0)) == (255, 0, 0)
-    assert first["content"][1]["text"] == format_instruction("drink")
-    assert (second["role"], second["content"]) == ("assistant", "A cup.")
-    assert (third["role"], third["content"]) == ("user", "the cold one")
-    assert server.keys == ["Bearer secret"]
-
-
-def test_a_servers_stream_adds_up_to_the_answer(serve: Any) -> None:
-    reasoner = OpenAIReasoner(serve().url, "vlm")
-    pieces, answer = read(reasoner.stream(ask("drink")))
-    assert pieces == ["A desk", " ", "☕.", "\nTargets: [", '"cup"', "]"]
-    assert answer == reasoner.reason([ask("drink")])[0]
-
-
-def test_a_server_without_token_probabilities_leaves_them_unknown(serve: Any) -> None:
-    server = serve(logprobs=False)
-    reasoner = OpenAIReasoner(server.url, "vlm")
-    assert reasoner.reason([ask("drink")])[0] == RawAnswer(TEXT, None, True)
-    assert read(reasoner.stream(ask("drink")))[1].tokens is None
-    assert len(server.asked) == 3  # the refusal is remembered
-
-
-def test_an_answer_that_the_server_cut_is_not_complete(serve: Any) -> None:
-    reasoner = OpenAIReasoner(serve(finish="length").url, "vlm")
-    assert not reasoner.reason([ask("drink")])[0].complete
-    assert not read(reasoner.stream(ask("drink")))[1].complete
-
-
-@pytest.mark.parametrize("status", [401, 404, 400, 500])
-def test_a_servers_refusal_names_the_server_and_the_reason(serve: Any, status: int) -> None:
-    server = serve(status=status)
-    reasoner = OpenAIReasoner(server.url, "vlm", max_retries=0)
-    for call in (lambda: reasoner.reason([ask("drink")]), lambda: read(reasoner.stream(ask("drink")))):
-        with pytest.raises(ModelError, match=f"{server.url}.*not loaded"):
-            call()
-
-
-def test_a_stream_that_breaks_off_is_an_error_and_not_an_answer(serve: Any) -> None:
-    with pytest.raises(ModelError, match="before the answer"):
-        read(OpenAIReasoner(serve(finish="lost").url, "vlm").stream(ask("drink")))
-
-
-def test_an_absent_server_is_an_error_with_its_address() -> None:
-    pytest.importorskip("openai")
-    with pytest.raises(ModelError, match=r"http://127\.0\.0\.1:9/v1"):
-        OpenAIReasoner("http://127.0.0.1:9/v1", "vlm", max_retries=0).reason([ask("drink")])
-
-
-def test_a_servers_wrong_arguments_are_refused() -> None:
-    pytest.importorskip("openai")
-    with pytest.raises(InputError, match="http://"):
-        OpenAIReasoner("localhost:8000", "vlm")
-    with pytest.raises(InputError, match="image_format"):
-        OpenAIReasoner("http://localhost", "vlm", image_format="gif")
-    with pytest.raises(InputError, match="max_new_tokens"):
-        OpenAIReasoner("http://localhost", "vlm").reason([ask("drink")], max_new_tokens=0)
 
 
 # --- the script ---

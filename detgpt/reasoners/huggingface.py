@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -77,6 +78,7 @@ class HuggingFaceReasoner:
         if options["device_map"] is None:
             self._model.to(device)
         self._model.eval()
+        self.family: str = self._model.config.model_type
         self._plain_greedy_decoding()
         self._lock = threading.Lock()
 
@@ -89,6 +91,15 @@ class HuggingFaceReasoner:
         """Generator of text pieces as they come; returns the `RawAnswer`. Closing it stops the model."""
         _check_max_new_tokens(max_new_tokens)
         return self._stream(request, max_new_tokens)
+
+    def input_size(self, image: Image.Image) -> tuple[int, int]:
+        """(width, height) in pixels to which the processor of a Qwen-VL checkpoint resizes `image`."""
+        pixels = self._processor.image_processor
+        encoded = pixels(images=[image], return_tensors="pt")
+        if "image_grid_thw" not in encoded:
+            raise InputError(f"the processor of {self.name!r} does not tell to which size it resizes an image")
+        _, rows, columns = encoded["image_grid_thw"][0].tolist()
+        return columns * pixels.patch_size, rows * pixels.patch_size
 
     def _stream(self, request: Request, max_new_tokens: int) -> Generator[str, None, RawAnswer]:
         pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -140,7 +151,7 @@ class HuggingFaceReasoner:
         """Chat messages; the image stands in the first."""
         texts = [text for turn in request.history for text in (turn.instruction, turn.answer)]
         texts.append(request.instruction)
-        if getattr(self._model.config, "detgpt_prompt", "full") != "bare":
+        if getattr(self._model.config, "detgpt_prompt", "full") != "bare" and not request.verbatim:
             texts[0] = format_instruction(texts[0])
         messages: list[dict[str, Any]] = [
             {"role": role, "content": [self._text(text)]}
