@@ -221,32 +221,32 @@ def _build(settings: SimpleNamespace, config_path: str | Path, text_encoder: str
         raise ModelError(f"Cannot build the model that {config_path} describes: {error}.") from error
 
 
+class _TextEncoder(BertModel):
+    """A BERT that takes the package's own mask, (B, T, T), True where a token may read another."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> Any:
+        # Transformers spells such a mask (B, heads, T, T); a plain padding mask has two dimensions.
+        mask = attention_mask[:, None] if attention_mask.dim() == 3 else attention_mask
+        return super().forward(input_ids, mask, **options)
+
+
 @contextmanager
 def _our_text_encoder() -> Iterator[None]:
-    """Let the package build its text encoder with `_load_bert`, from any folder, and without printing."""
+    """Let the package use `_TextEncoder`, from any folder, and without printing.
+
+    Its own wrapper around BERT calls inner parts of it, which transformers 5 has changed.
+    """
+    from groundingdino.models.GroundingDINO import groundingdino as model
     from groundingdino.util import get_tokenlizer as package
 
-    theirs = package.get_tokenlizer, package.get_pretrained_language_model
-    package.get_tokenlizer, package.get_pretrained_language_model = AutoTokenizer.from_pretrained, _load_bert
+    theirs = package.get_tokenlizer, package.get_pretrained_language_model, model.BertModelWarper
+    package.get_tokenlizer = AutoTokenizer.from_pretrained
+    package.get_pretrained_language_model = _TextEncoder.from_pretrained
+    model.BertModelWarper = lambda bert_model: bert_model
     try:
         yield
     finally:
-        package.get_tokenlizer, package.get_pretrained_language_model = theirs
-
-
-def _load_bert(source: str) -> BertModel:
-    """A BERT with the three methods that the package takes from it and transformers 5 no longer has."""
-
-    def get_extended_attention_mask(mask: torch.Tensor, shape: Any, device: Any = None) -> torch.Tensor:
-        # (B, T, T) or (B, T), True where attention is allowed → an additive (B, 1, T or 1, T).
-        mask = (mask if mask.dim() == 3 else mask[:, None, :])[:, None].to(bert.dtype)
-        return (1 - mask) * torch.finfo(bert.dtype).min
-
-    bert: Any = BertModel.from_pretrained(source)
-    bert.get_extended_attention_mask = get_extended_attention_mask
-    bert.invert_attention_mask = lambda mask: get_extended_attention_mask(mask, mask.shape)
-    bert.get_head_mask = lambda head_mask, layers: [None] * layers
-    return bert
+        package.get_tokenlizer, package.get_pretrained_language_model, model.BertModelWarper = theirs
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
