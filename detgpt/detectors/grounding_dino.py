@@ -181,12 +181,12 @@ def _load(source: str, dtype: torch.dtype, revision: str | None) -> tuple[Any, A
             f"The weights in {source} lack {len(missing)} tensors of its config.json, such as {missing[0]}; "
             "they would run as random numbers. Download the checkpoint again or use its own config."
         )
-    _check_tokenizer(source, processor)
+    check_tokenizer(source, getattr(processor, "tokenizer", None))
     return processor, model
 
 
-def _check_tokenizer(source: str, processor: Any) -> None:
-    tokenizer = getattr(processor, "tokenizer", None)
+def check_tokenizer(source: str, tokenizer: Any) -> None:
+    """Raise `ModelError` for a tokenizer that this detector, or transformers' text masks, cannot work with."""
     if tokenizer is None or not tokenizer.is_fast:
         raise ModelError(f"{source} lacks a fast tokenizer, which finds the names' tokens; add tokenizer.json.")
     found = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_IDS}
