@@ -2,8 +2,8 @@
 
 Both implementations get the full published architecture (Swin-T or Swin-B, 6 + 6 layers, 900 queries) with weights
 under which every tensor shapes the output, and are compared on the same pixels and text. `pytest -s` prints the
-differences measured; docs/checkpoints.md explains the two that remain, in the resizing of images (a grey level of
-255, here and there) and at coordinates within a thousandth of the image's edges.
+differences measured; docs/checkpoints.md explains those that remain, in the resizing of images (a grey level of 255,
+here and there; a pixel of a long image's length) and at coordinates within a thousandth of the image's edges.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ def centre_queries(model: torch.nn.Module) -> None:
     norm.bias.data -= queries[-1].mean(dim=(0, 1))
 
 
-def save_original(folder: Path, config: str, seed: int = 0) -> Path:
+def save_original(folder: Path, config: str) -> Path:
     """config.py, weights.pth and text/, as the makers of a checkpoint publish it."""
     folder.mkdir()
     (folder / "config.py").write_text(config)
     save_text_encoder(folder / "text")
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = _build(folder / "config.py", folder / "text")
     randomise(model)
     centre_queries(model)
@@ -146,7 +146,7 @@ def pixels(height: int = SIZE[0], width: int = SIZE[1]) -> torch.Tensor:
 
 
 def run_original(detector: GroundingDinoPyDetector, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Boxes (900, 4) cxcywh in fractions of the image and scores (900, 256) of the tokens."""
+    """Boxes (Q, 4) cxcywh in fractions of the image and scores (Q, 256) of the tokens."""
     with torch.inference_mode():
         output = detector.model(image, captions=[CAPTION])
     return output["pred_boxes"][0], output["pred_logits"][0].sigmoid()
