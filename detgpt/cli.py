@@ -1,4 +1,4 @@
-"""The command line: `detgpt detect`, `batch`, `chat`, `demo`, `serve`, `models` and `eval`.
+"""The command line: `detgpt detect`, `batch`, `chat`, `demo`, `serve`, `models`, `eval` and `convert`.
 
     detgpt detect kitchen.png "I am thirsty" --output out.png
 
@@ -292,6 +292,36 @@ def evaluate(
             with terminal.replacing(output) as file:
                 file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
             terminal.note(f"wrote {output}")
+
+
+@app.command(no_args_is_help=True)
+def convert(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.py", help="Its config, read and not run.", show_default=False)
+    ],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT.pth", help="Its weights, read as tensors only.", show_default=False)
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="OUT_FOLDER", help="A new folder.", show_default=False)],
+    text_encoder: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of the BERT whose config and tokenizer to use; else the config's."),
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Convert an original Grounding DINO checkpoint to a safetensors folder for transformers.
+
+    detgpt convert GroundingDINO_SwinT_OGC.py groundingdino_swint_ogc.pth gdino-tiny
+
+    detgpt detect photo.jpg --names cup,bottle --detector gdino-tiny
+
+    The folder appears only when transformers has loaded it with every tensor in its place.
+    """
+    with terminal.reporting(debug), terminal.loading(str(checkpoint), [], debug):
+        from detgpt.convert import convert as run_conversion
+
+        run_conversion(config, checkpoint, folder, text_encoder=text_encoder)
+    terminal.note(f"wrote {folder}: detgpt detect photo.jpg --names cup --detector {folder}")
 
 
 # -------------------------------------------------------------------------------------------------- arguments

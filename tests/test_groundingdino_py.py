@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from detgpt.detectors import Grounding
-from detgpt.detectors.groundingdino_py import GroundingDinoPyDetector, _build, _read_config
+from detgpt.detectors.groundingdino_py import GroundingDinoPyDetector, _build
 from detgpt.errors import InputError, MissingExtraError, ModelError, UnreadableNameError
 
 WORDS = ["cup", "bottle", "red", "wine", "glass", "##es", "table", "cold", "of"]
@@ -69,16 +69,12 @@ def needs_package() -> None:
     pytest.importorskip("groundingdino", reason="needs the extra detgpt[groundingdino]")
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    """config.py, weights.pth and text/, a tiny BERT with its tokenizer."""
-    needs_package()
-    made = tmp_path_factory.mktemp("original")
-    (made / "config.py").write_text(CONFIG)
+def save_text_encoder(folder: Path) -> None:
+    """A tiny BERT with its tokenizer: our words at the end of a vocabulary with bert-base-uncased's special ids."""
     vocab = [f"[unused{i}]" for i in range(1030)] + WORDS
     for token, index in {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, ".": 1012, "?": 1029}.items():
         vocab[index] = token
-    BertTokenizer(vocab={token: index for index, token in enumerate(vocab)}).save_pretrained(made / "text")
+    BertTokenizer(vocab={token: index for index, token in enumerate(vocab)}).save_pretrained(folder)
     bert = BertConfig(
         vocab_size=len(vocab),
         hidden_size=32,
@@ -86,9 +82,18 @@ def folder(tmp_path_factory) -> Path:
         num_attention_heads=2,
         intermediate_size=32,
     )
-    BertModel(bert).save_pretrained(made / "text")
+    BertModel(bert).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """config.py, weights.pth and text/, a tiny BERT with its tokenizer."""
+    needs_package()
+    made = tmp_path_factory.mktemp("original")
+    (made / "config.py").write_text(CONFIG)
+    save_text_encoder(made / "text")
     torch.manual_seed(0)
-    model = _build(_read_config(made / "config.py"), made / "config.py", made / "text")
+    model = _build(made / "config.py", made / "text")
     for name, parameter in model.named_parameters():
         # Fresh weights let the text hardly touch the image; these make every word matter to every box.
         if name.endswith(("gamma_v", "gamma_l")):

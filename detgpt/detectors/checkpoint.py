@@ -63,9 +63,14 @@ def load_checkpoint(
             f"The weights in {source} lack {len(missing)} tensors of its config.json, such as {missing[0]}; "
             "they would run as random numbers. Download the checkpoint again or use its own config."
         )
-    if not getattr(getattr(processor, "tokenizer", None), "is_fast", False):
-        raise ModelError(f"{source} lacks a fast tokenizer, which finds the names' tokens; add tokenizer.json.")
+    check_is_fast(source, getattr(processor, "tokenizer", None))
     return processor, model
+
+
+def check_is_fast(source: str, tokenizer: Any) -> None:
+    """Raise `ModelError` for no tokenizer, or one that does not say which characters a token stands for."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"{source} lacks a fast tokenizer, which finds the names' tokens; add tokenizer.json.")
 
 
 def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype:

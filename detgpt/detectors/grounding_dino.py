@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 from detgpt.detectors import Grounding
-from detgpt.detectors.checkpoint import load_checkpoint
+from detgpt.detectors.checkpoint import check_is_fast, load_checkpoint
 from detgpt.detectors.spans import (
     Prompt,
     TokenScores,
@@ -72,7 +72,7 @@ class GroundingDinoDetector:
         self.device = choose_device(device)
         self.max_prompts_per_pass = max_prompts_per_pass
         self.processor, self.model = load_checkpoint(self.name, MODEL_TYPES, dtype, revision)
-        _check_tokenizer(self.name, self.processor)
+        check_tokenizer(self.name, self.processor.tokenizer)
         self.model.to(self.device).eval()
         self._lock = threading.Lock()
 
@@ -162,8 +162,10 @@ def _replaying(backbone: nn.Module, feature_maps: list[tuple[torch.Tensor, torch
         backbone.conv_encoder = encoder
 
 
-def _check_tokenizer(source: str, processor: Any) -> None:
-    found = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_IDS}
+def check_tokenizer(source: str, tokenizer: Any) -> None:
+    """Raise `ModelError` for a tokenizer that this detector, or transformers' text masks, cannot work with."""
+    check_is_fast(source, tokenizer)
+    found = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_IDS}
     if found != SPECIAL_IDS:
         raise ModelError(
             f"The tokenizer in {source} numbers its special tokens {found}; Grounding DINO in transformers "

@@ -8,15 +8,12 @@ tensors only, so that neither file can execute code.
 
 from __future__ import annotations
 
-import ast
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,6 +22,7 @@ from torch import nn
 from transformers import AutoTokenizer, BertModel
 
 from detgpt.detectors import Grounding
+from detgpt.detectors.original import read_config, read_weights
 from detgpt.detectors.spans import (
     Prompt,
     TokenScores,
@@ -78,8 +76,8 @@ class GroundingDinoPyDetector:
         self.name = str(checkpoint_path)
         self.device = choose_device(device)
         self.max_prompts_per_pass = max_prompts_per_pass
-        self.model: Any = _build(_read_config(Path(config_path)), config_path, text_encoder)
-        _load_weights(self.model, Path(checkpoint_path))
+        self.model: Any = _build(config_path, text_encoder)
+        _load_weights(self.model, checkpoint_path)
         self.model.to(self.device).eval()
         self._transform = transforms.Compose(
             [
@@ -195,27 +193,11 @@ def _require_package() -> None:
         raise ModelError(f"groundingdino-py is installed but cannot be imported: {error}.{remedy}") from error
 
 
-def _read_config(path: Path) -> SimpleNamespace:
-    """The settings of an original config: a Python file of plain `name = literal` lines."""
-    try:
-        lines = ast.parse(path.read_text(encoding="utf-8")).body
-        settings = {
-            target.id: ast.literal_eval(line.value)
-            for line in lines
-            if isinstance(line, ast.Assign) and isinstance(target := line.targets[0], ast.Name)
-        }
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ModelError(
-            f"Cannot read the Grounding DINO config {path}: {error}. It must be a Python file of plain "
-            "assignments such as GroundingDINO_SwinT_OGC.py, which the package has in groundingdino/config."
-        ) from error
-    # Both only trade time for memory in training.
-    return SimpleNamespace(**settings | {"use_checkpoint": False, "use_transformer_ckpt": False})
-
-
-def _build(settings: SimpleNamespace, config_path: str | Path, text_encoder: str | Path | None) -> nn.Module:
+def _build(config_path: str | Path, text_encoder: str | Path | None) -> nn.Module:
     from groundingdino.models.GroundingDINO import build_groundingdino
 
+    settings = read_config(config_path)
+    settings.use_checkpoint = settings.use_transformer_ckpt = False  # they trade time for memory in training
     try:
         settings.text_encoder_type = str(text_encoder or settings.text_encoder_type)
         with _build_lock, _our_text_encoder():
@@ -254,16 +236,11 @@ class _Bert(BertModel):
         return super().forward(attention_mask=attention_mask[:, None], **inputs)
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
+def _load_weights(model: nn.Module, path: str | Path) -> None:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["model"]
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-        missing = model.load_state_dict(state, strict=False).missing_keys
-    except (OSError, EOFError, RuntimeError, UnpicklingError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"Cannot load the Grounding DINO weights {path}: {error}. It must be an original checkpoint, a "
-            "dictionary of tensors under the key 'model', and belong to the config."
-        ) from error
+        missing = model.load_state_dict(read_weights(path), strict=False).missing_keys
+    except RuntimeError as error:  # a tensor of another shape
+        raise ModelError(f"The weights {path} do not belong to the config: {error}.") from error
     if missing:
         raise ModelError(
             f"The weights {path} lack {len(missing)} tensors of the config's model, such as {missing[0]}; "
