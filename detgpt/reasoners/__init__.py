@@ -28,12 +28,14 @@ class Turn:
 class Request:
     """An RGB image, what the user wants, and what was said about this image before (oldest first).
 
+    verbatim: the instruction is a whole prompt of its own, to which no form of the answer is to be added.
     Raises `InputError` for an instruction without text.
     """
 
     image: Image.Image
     instruction: str
     history: tuple[Turn, ...] = ()
+    verbatim: bool = False
 
     def __post_init__(self) -> None:
         if not self.instruction.strip():

@@ -140,7 +140,7 @@ class HuggingFaceReasoner:
         """Chat messages; the image stands in the first."""
         texts = [text for turn in request.history for text in (turn.instruction, turn.answer)]
         texts.append(request.instruction)
-        if getattr(self._model.config, "detgpt_prompt", "full") != "bare":
+        if not request.verbatim and getattr(self._model.config, "detgpt_prompt", "full") != "bare":
             texts[0] = format_instruction(texts[0])
         messages: list[dict[str, Any]] = [
             {"role": role, "content": [self._text(text)]}

@@ -117,10 +117,11 @@ class OpenAIReasoner:
 
     def _messages(self, request: Request) -> list[Any]:
         instructions = [turn.instruction for turn in request.history] + [request.instruction]
+        prompt = instructions[0] if request.verbatim else format_instruction(instructions[0])
         messages: list[Any] = [{"role": "user", "content": text} for text in instructions]
         messages[0]["content"] = [
             {"type": "image_url", "image_url": {"url": self._data_url(request)}},
-            {"type": "text", "text": format_instruction(instructions[0])},
+            {"type": "text", "text": prompt},
         ]
         answers = [{"role": "assistant", "content": turn.answer} for turn in request.history]
         for position, answer in enumerate(answers):
