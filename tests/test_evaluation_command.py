@@ -57,9 +57,7 @@ def some_samples(folder: Path, run: str = "picto · seen") -> Samples:
         name = "cup" if true else ""
         targets = ("cup",) if true else ()
         labels = tuple("cup" for _ in true)
-        record = Record(
-            folder / "a.png", wish, targets, box_array(true), labels, ("cup",), "need", where=f"line {wish}"
-        )
+        record = Record(folder / "a.png", wish, targets, box_array(true), labels, ("cup",), "need", where="line 1")
         said = tuple(Target(name, 0.9, True) for _ in found[:1])
         result = Detections(np.array(found), np.full(len(found), 0.8), ("cup",) * len(found), said, image_wh=(300, 200))
         samples.add(record, result)

@@ -70,6 +70,7 @@ def test_areas_of_masks():
     halves[0, :, :2], halves[1, 0, :] = True, True
     assert mask_overlap(halves, true, ignored) == (6, 10)  # 10 found, of which 2 are ignored, 6 true
     assert mask_overlap(None, true, ignored) == (0, 8)
+    assert mask_overlap(halves, true, true) == (0, 4), "what is ignored does not count, even where it is true"
     assert mask_overlap(np.zeros((0, 4, 4), bool), nothing, nothing).iou == 1.0
 
 
