@@ -20,9 +20,16 @@ def cxcywh_norm_to_xyxy(boxes: np.ndarray, image_wh: tuple[int, int]) -> np.ndar
     return (corners * np.tile(image_wh, 2)).astype(np.float32)
 
 
+def intersections(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Area that every box of `a` (N, 4) shares with every box of `b` (M, 4), xyxy → (N, M)."""
+    top_left = np.maximum(a[:, None, :2], b[None, :, :2])
+    bottom_right = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    return np.prod(np.clip(bottom_right - top_left, 0, None), axis=2)
+
+
 def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Intersection over union of every box of `a` (N, 4) with every box of `b` (M, 4), xyxy → (N, M)."""
-    intersection = _intersections(a, b)
+    intersection = intersections(a, b)
     union = _areas(a)[:, None] + _areas(b)[None, :] - intersection
     # Two boxes without area have no union; they overlap nothing.
     return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
@@ -30,7 +37,7 @@ def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def coverage_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """How much of every box of `a` (N, 4) lies in every box of `b` (M, 4), as a fraction of its area → (N, M)."""
-    intersection = _intersections(a, b)
+    intersection = intersections(a, b)
     areas = np.broadcast_to(_areas(a)[:, None], intersection.shape)
     return np.divide(intersection, areas, out=np.zeros_like(intersection), where=areas > 0)
 
@@ -81,12 +88,6 @@ def _ordered(grounding: Grounding) -> Grounding:
 
 def _select(grounding: Grounding, index: np.ndarray) -> Grounding:
     return Grounding(grounding.boxes[index], grounding.scores[index], grounding.name_index[index])
-
-
-def _intersections(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    top_left = np.maximum(a[:, None, :2], b[None, :, :2])
-    bottom_right = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    return np.prod(np.clip(bottom_right - top_left, 0, None), axis=2)
 
 
 def _areas(boxes: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The command line: `detgpt detect`, `batch`, `chat`, `demo`, `serve`, `models`, `eval` and `convert`.
+"""The command line: `detgpt detect`, `batch`, `chat`, `demo`, `serve`, `models`, `convert`, `eval` and `bench-build`.
 
     detgpt detect kitchen.png "I am thirsty" --output out.png
 
@@ -8,7 +8,6 @@ in between is `DetGPT`. Nothing heavy is imported before a command needs a model
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from detgpt import batch as batches
 from detgpt.answer import ParsedAnswer
 from detgpt.cluster import Cluster
 from detgpt.errors import DetGPTError, InputError, ModelError
+from detgpt.evaluation.command import bench_build_command, eval_command
 from detgpt.flags import Choice, with_model
 from detgpt.images import PICTURE_SUFFIXES, load_image
 from detgpt.models import PAIRS, resolve
@@ -263,35 +263,8 @@ def models() -> None:
     terminal.out.print(f"{PICTO_NOTE}.", style="dim")
 
 
-@app.command("eval", no_args_is_help=True)
-def evaluate(
-    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER", show_default=False)],
-    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="Pairs to compare; else picto.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many images per folder.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images that go through the models together.")] = 8,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write all numbers as JSON.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where to run, such as cpu or cuda.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Number format of the reasoner's weights.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-) -> None:
-    """Measure models on folders of annotated images; print a Markdown table."""
-    with terminal.reporting(debug):
-        from detgpt import evaluation
-
-        results = {}
-        for name in model or ["picto"]:
-            loaded = Choice(model=name, device=device, dtype=dtype, debug=debug).load({})
-            for folder in folders:
-                title = f"{name} · {folder.name}"
-                with terminal.progress(title) as progress:
-                    results[title] = evaluation.evaluate(
-                        loaded, folder, limit=limit, progress=progress, batch_size=batch_size
-                    )
-        typer.echo(evaluation.table(results))
-        if output:
-            with terminal.replacing(output) as file:
-                file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-            terminal.note(f"wrote {output}")
+app.command("eval", no_args_is_help=True)(eval_command)
+app.command("bench-build", no_args_is_help=True)(bench_build_command)
 
 
 @app.command(no_args_is_help=True)

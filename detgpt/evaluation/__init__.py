@@ -1,9 +1,10 @@
-"""How good a model pair is on a folder of pictures, wishes and truths, stage by stage.
+"""How good a model pair is on pictures, wishes and truths, stage by stage.
 
     results = {"needs": evaluate(DetGPT.from_pretrained("picto"), "splits/needs")}
     print(table(results))
 
-`data.py` says what such a folder holds, `metrics.py` what each number means. The extra is `detgpt[eval]`.
+`readers/` says which formats of data are read, `metrics.py` and `overlap.py` what each number means. The extra
+is `detgpt[eval]`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from detgpt.boxes import nms_per_target
 from detgpt.errors import InputError
-from detgpt.evaluation.data import ImageTruth, Record, read_records, truth_by_image
+from detgpt.evaluation.data import Dataset, ImageTruth, Record, truth_by_image
 from detgpt.evaluation.metrics import (
     EXTRA,
     average_precision,
@@ -26,14 +27,17 @@ from detgpt.evaluation.metrics import (
     expected_calibration_error,
     load_extra,
     name_metrics,
+    outside_ignored,
 )
+from detgpt.evaluation.overlap import Overlap, box_overlap, mask_overlap, overlap_metrics
+from detgpt.evaluation.readers import read_dataset
 from detgpt.images import load_image
 from detgpt.results import Detections, Target
 
 if TYPE_CHECKING:
     from detgpt.pipeline import DetGPT
 
-__all__ = ["evaluate", "table"]
+__all__ = ["evaluate", "read_dataset", "table"]
 
 T = TypeVar("T")
 
@@ -42,33 +46,41 @@ AP_THRESHOLD = 0.01  # AP ranks boxes by score, so it needs the weak ones too
 
 def evaluate(
     model: DetGPT,
-    folder: str | Path,
+    data: str | Path | Dataset,
     *,
     limit: int | None = None,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
+    each: Callable[[Record, Detections], None] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Run `model` on the records of `folder` (the first `limit`) and measure it; the result is safe for JSON.
+    """Run `model` on the records of `data` (the first `limit`) and measure it; the result is safe for JSON.
 
     n, images: how many wishes, and distinct pictures.
-    reasoner: its name and `metrics.name_metrics`; ece, the calibration error of the targets' confidences
-        (None where it gives none); by_kind: {kind: {n, f1}}.
+    reasoner: its name and `metrics.name_metrics`, a synonym counting as its target; ece, the calibration error
+        of the targets' confidences (None where it gives none); by_kind: {kind: {n, f1}}. Where the data does not
+        say what a reasoner should name (`Record.named`), only what needs no names: rejection and parse_failure.
     detector: its name, and ap and ap50 where it is told the true names: asked in each picture for every name
         that is a target of any wish about it, with thresholds of 0.01 and the pipeline's suppression of
         duplicates. Boxes of names that are not in a picture do not count here.
-    end_to_end: `metrics.box_metrics` of what a user gets.
+    end_to_end: `metrics.box_metrics` of what a user gets; box_giou and box_ciou, see `overlap`; by_kind.
+    masks: {n, giou, ciou} over the wishes with true outlines, where the option `masks` is set.
     seconds: {reasoner, detector} of answering the wishes, and {detector_ap} of the pass for AP.
 
+    data: a path that `read_dataset` knows by itself, or what it gave.
     progress: called with (done, total) after each batch. `options`: see `detgpt.pipeline.Options`.
+    each: called with every record and its result (without image and masks), in order.
     Raises `InputError` for wrong data or arguments, `MissingExtraError` without pycocotools or scipy.
     """
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size!r} is no batch: give 1 or more")
     for module in EXTRA:  # a missing one should show now, not after hours of answers
         load_extra(module)
-    records = read_records(folder, limit)
-    truths = truth_by_image(records)
+    if not isinstance(data, Dataset):
+        data = read_dataset(data, limit=limit)
+    records = data.records[:limit]
+    chosen = model.options.updated(options)
+    truths = truth_by_image(record for record in records if record.named)
     total = len(records) + len(truths)
     reasoner, detector = _Timed(model.reasoner, "reason"), _Timed(model.detector, "detect")
     detector_ap = _Timed(model.detector, "detect")
@@ -76,23 +88,30 @@ def evaluate(
     timed.reasoner, timed.detector = reasoner, detector
 
     results: list[Detections] = []
+    mask_overlaps: list[Overlap] = []
     for batch in _batches(records, batch_size):
         answers = timed.detect_batch([(record.image, record.instruction) for record in batch], **options)
-        results += [replace(answer, image=None) for answer in answers]  # or memory would fill with pictures
+        for record, answer in zip(batch, answers, strict=True):
+            if chosen.masks and record.outlines:
+                mask_overlaps.append(mask_overlap(answer.masks, *record.outlines.masks(answer.image_wh)))
+            results.append(replace(answer, image=None, masks=None))  # or memory would fill with pictures
+            if each:
+                each(record, results[-1])
         if progress:
             progress(len(results), total)
     found: list[Detections] = []
     for images in _batches(truths, batch_size):
-        found += _ground_true_names(detector_ap, images, model.options.updated(options))
+        found += _ground_true_names(detector_ap, images, chosen)
         if progress:
             progress(len(results) + len(found), total)
     parts = {"reasoner": reasoner, "detector": detector, "detector_ap": detector_ap}
     return {
         "n": len(records),
-        "images": len(truths),
+        "images": len({record.image for record in records}),
         "reasoner": {"name": reasoner.name, **_reasoner_metrics(results, records)},
         "detector": {"name": detector.name, **average_precision(found, truths)},
-        "end_to_end": box_metrics(results, records),
+        "end_to_end": _end_to_end_metrics(results, records),
+        **({"masks": {"n": len(mask_overlaps), **overlap_metrics(mask_overlaps)}} if chosen.masks else {}),
         "seconds": {part: timer.seconds for part, timer in parts.items()},
     }
 
@@ -109,60 +128,111 @@ COLUMNS = {
     "AP": ("detector", "ap"),
     "F1@0.5": ("end_to_end", "f1_50"),
     "F1": ("end_to_end", "f1"),
+    "Acc@0.5": ("end_to_end", "acc_50"),
+    "box gIoU": ("end_to_end", "box_giou"),
+    "box cIoU": ("end_to_end", "box_ciou"),
+    "gIoU": ("masks", "giou"),
+    "cIoU": ("masks", "ciou"),
     "no box": ("end_to_end", "rejection"),
     "cgF1": ("end_to_end", "cgf1"),
 }
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """A Markdown table, one row for each split of {split: what `evaluate` gave}; numbers in percent."""
-    lines = [["split", *COLUMNS], ["---", *["---:"] * len(COLUMNS)]]
-    for split, result in results.items():
-        lines.append([split.replace("|", "\\|"), *(_cell(result, path) for path in COLUMNS.values())])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    """A Markdown table of `cells`."""
+    heads, *rows = cells(results)
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *([row[0].replace("|", "\\|"), *row[1:]] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cells(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """The headings, and one row for each split of {split: what `evaluate` gave}; numbers in percent.
+
+    A number that no split has gets no column.
+    """
+    columns = {head: [_cell(result, path) for result in results.values()] for head, path in COLUMNS.items()}
+    columns = {head: values for head, values in columns.items() if set(values) != {NO_NUMBER}}
+    return [["split", *columns], *map(list, zip(results, *columns.values(), strict=True))]
+
+
+NO_NUMBER = "–"
 
 
 def _cell(result: Mapping[str, Any], path: tuple[str, ...]) -> str:
     value: Any = result
     for key in path:
-        value = value[key]
+        value = value.get(key) if value else None
     if value is None:
-        return "–"
+        return NO_NUMBER
     if isinstance(value, int):
         return str(value)
     return f"{value if path[-1] == 'cgf1' else 100 * value:.1f}"
 
 
 def _reasoner_metrics(results: Sequence[Detections], records: Sequence[Record]) -> dict[str, Any]:
-    named = [_named(result) for result in results]
-    pairs = list(zip(results, records, strict=True))
+    everyone = list(zip(results, records, strict=True))
+    named = [(result, record) for result, record in everyone if record.named]
     judged = [
-        (target.confidence, target.name.casefold() in {name.casefold() for name in record.targets})
-        for result, record in pairs
+        (target.confidence, _is_right(target.name, record))
+        for result, record in named
         for target in result.targets
         if target.confidence is not None
     ]
-    by_kind = {}
-    for kind in dict.fromkeys(record.kind for record in records):
-        rows = [i for i, record in enumerate(records) if record.kind == kind]
-        by_kind[kind] = {
-            "n": len(rows),
-            "f1": _name_metrics([named[i] for i in rows], [records[i] for i in rows])["f1"],
-        }
+    without_names = {key: value for key, value in _name_metrics(everyone).items() if key in NEED_NO_NAMES}
     return {
-        **_name_metrics(named, records),
+        **_name_metrics(named),
+        **without_names,
         "ece": expected_calibration_error([c for c, _ in judged], [right for _, right in judged]),
-        "by_kind": by_kind,
+        "by_kind": {
+            kind: {"n": len(rows), "f1": _name_metrics([everyone[i] for i in rows if records[i].named])["f1"]}
+            for kind, rows in _kinds(records).items()
+        },
     }
 
 
-def _named(result: Detections) -> list[str] | None:
+NEED_NO_NAMES = ("rejection", "parse_failure")
+
+
+def _name_metrics(pairs: Sequence[tuple[Detections, Record]]) -> dict[str, float | None]:
+    return name_metrics(
+        [_said(result, record) for result, record in pairs],
+        [record.targets for _, record in pairs],
+        [record.present for _, record in pairs],
+    )
+
+
+def _said(result: Detections, record: Record) -> list[str] | None:
     unread = result.problem is not None and not result.targets
-    return None if unread else [target.name for target in result.targets]
+    return None if unread else [record.canonical(target.name) for target in result.targets]
 
 
-def _name_metrics(named: list[list[str] | None], records: Sequence[Record]) -> dict[str, float | None]:
-    return name_metrics(named, [r.targets for r in records], [r.present for r in records])
+def _is_right(name: str, record: Record) -> bool:
+    return record.canonical(name).casefold() in {target.casefold() for target in record.targets}
+
+
+def _end_to_end_metrics(results: Sequence[Detections], records: Sequence[Record]) -> dict[str, Any]:
+    found = [outside_ignored(result, record) for result, record in zip(results, records, strict=True)]
+    overlaps = [
+        box_overlap(result.boxes, record.boxes, record.ignored) for result, record in zip(results, records, strict=True)
+    ]
+
+    def metrics(rows: Sequence[int]) -> dict[str, float | None]:
+        giou, ciou = overlap_metrics([overlaps[i] for i in rows]).values()
+        numbers = box_metrics([found[i] for i in rows], [records[i] for i in rows])
+        return {**numbers, "box_giou": giou, "box_ciou": ciou}
+
+    return {
+        **metrics(range(len(records))),
+        "by_kind": {kind: {"n": len(rows), **metrics(rows)} for kind, rows in _kinds(records).items()},
+    }
+
+
+def _kinds(records: Sequence[Record]) -> dict[str, list[int]]:
+    """The rows of each kind, kinds in order of appearance."""
+    kinds: dict[str, list[int]] = {}
+    for row, record in enumerate(records):
+        kinds.setdefault(record.kind, []).append(row)
+    return kinds
 
 
 def _ground_true_names(detector: Any, truths: Sequence[ImageTruth], options: Any) -> list[Detections]:
