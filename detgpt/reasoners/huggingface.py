@@ -33,6 +33,7 @@ from detgpt.answer import answer_is_complete, format_instruction
 from detgpt.device import choose_device
 from detgpt.errors import InputError, MissingExtraError, ModelError
 from detgpt.reasoners import RawAnswer, Request, TokenSpan
+from detgpt.reasoners.prefix import KeptPrefixes, image_key
 
 
 class HuggingFaceReasoner:
@@ -40,8 +41,10 @@ class HuggingFaceReasoner:
 
     device: "cpu", "cuda", "cuda:1" ...; the GPU where there is one. device_map: accelerate's placement over
     several devices, instead of `device`. dtype: a torch dtype or its name; float32 on the CPU, bfloat16
-    elsewhere. quantization: None, "4bit" or "8bit" (bitsandbytes). Remote code is never run and weights are
-    read from safetensors only. Several threads may share one reasoner: they take turns on the model.
+    elsewhere. quantization: None, "4bit" or "8bit" (bitsandbytes). kept_images: of this many images the latest
+    prompt and answer are kept on the device, so that the next turn or instruction does not encode the image
+    again (`detgpt.reasoners.prefix`); 0 keeps none. Remote code is never run and weights are read from
+    safetensors only. Several threads may share one reasoner: they take turns on the model.
 
     A checkpoint whose config says `detgpt_prompt: "bare"` was trained on instructions as the user writes them
     and gets them so; every other one is told the three steps and the answer's form.
@@ -60,7 +63,10 @@ class HuggingFaceReasoner:
         quantization: str | None = None,
         attn_implementation: str | None = None,
         revision: str | None = None,
+        kept_images: int = 4,
     ) -> None:
+        if kept_images < 0:
+            raise InputError(f"kept_images must be 0 or more, not {kept_images}")
         self.name = os.fspath(model_id_or_folder)
         device = choose_device(device)
         options: dict[str, Any] = {
@@ -78,6 +84,7 @@ class HuggingFaceReasoner:
             self._model.to(device)
         self._model.eval()
         self._plain_greedy_decoding()
+        self._prefixes = KeptPrefixes(self._model, kept_images)
         self._lock = threading.Lock()
 
     def reason(self, requests: Sequence[Request], *, max_new_tokens: int = 512) -> list[RawAnswer]:
@@ -110,19 +117,28 @@ class HuggingFaceReasoner:
         on_text: Callable[[str], None] | None = None,
         abandoned: threading.Event | None = None,
     ) -> list[RawAnswer]:
+        images = [image_key(request.image) for request in requests]
         with self._lock, torch.inference_mode():
             inputs = self._encode(requests)
             thinks = [self._opens_thought(ids) for ids in inputs["input_ids"]]
             tokenizer, end_ids = self._processor.tokenizer, self._end_ids
             writers = [_Writer(tokenizer, end_ids, inside_thought) for inside_thought in thinks]
             recorder = _Recorder(writers, on_text, abandoned)
-            self._model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
+            if first := self._prefixes.rows_to_run_first(images):
+                self._run([images[row] for row in first], self._encode([requests[row] for row in first]), 1)
+            self._run(
+                images,
+                inputs,
+                max_new_tokens,
                 logits_processor=[recorder.keep_logprobs],
                 stopping_criteria=[recorder],
             )
             return recorder.answers()
+
+    def _run(self, images: list[str], inputs: Any, max_new_tokens: int, **hooks: Any) -> None:
+        arguments = self._prefixes.resume(images, inputs, max_new_tokens)
+        sequences = self._model.generate(**arguments, max_new_tokens=max_new_tokens, **hooks)
+        self._prefixes.keep(images, arguments, sequences)
 
     def _encode(self, requests: Sequence[Request]) -> Any:
         """Model inputs of the conversations, padded on the left: every row then continues at its end."""
