@@ -345,6 +345,65 @@ def test_quantization_names_the_missing_package(folder: Path) -> None:
         HuggingFaceReasoner(folder, quantization="4bit")
 
 
+@pytest.mark.parametrize("device_map", ["cuda", "cuda:0", {"": 0}, {"model.vision_tower": "cpu", "": "cuda:0"}])
+def test_a_missing_gpu_is_named_before_anything_is_fetched(device_map: Any) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(InputError, match="cuda"):
+        HuggingFaceReasoner("nobody/nothing", device_map=device_map)
+
+
+def test_a_device_map_may_place_the_model_by_itself(folder: Path) -> None:
+    spread = HuggingFaceReasoner(folder, device_map="auto")
+    assert spread.reason([ask("drink")])[0].text == WRITTEN["drink"]
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "no-such-attention"])
+def test_an_attention_that_cannot_run_is_named_before_the_weights(folder: Path, tmp_path: Path, attention: str) -> None:
+    if importlib.util.find_spec("flash_attn"):
+        pytest.skip("flash-attn is installed")
+    without_weights = edit_config(folder, tmp_path / "without-weights")
+    (without_weights / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=rf'attn_implementation=.{attention}.*\n.*"sdpa"'):
+        HuggingFaceReasoner(without_weights, device="cpu", attn_implementation=attention)
+    eager = HuggingFaceReasoner(folder, device="cpu", attn_implementation="eager")
+    assert eager.reason([ask("drink")])[0].text == WRITTEN["drink"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits its own memory as Linux does")
+def test_weights_that_do_not_fit_name_what_to_choose_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    import families
+
+    monkeypatch.setitem(families.LANGUAGE, "intermediate_size", 150_000)  # 110 MB of weights
+    big = families.FAMILIES["LLaVA 1.5"](tmp_path)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (used + 60 * 2**20, hard))
+        with pytest.raises(ModelError, match=r'does not fit into memory.*\n.*smaller model, quantization="4bit"'):
+            HuggingFaceReasoner(big, device="cpu")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def test_running_out_of_memory_names_what_to_choose_instead(folder: Path) -> None:
+    import torch
+
+    reasoner = HuggingFaceReasoner(folder, device="cpu")
+    reasoner.reason([ask("read")])
+    hook = reasoner._model.register_forward_hook(lambda *_: torch.empty(2**60))  # more than any machine has
+    for call in (lambda: reasoner.reason([ask("drink")]), lambda: read(reasoner.stream(ask("drink")))):
+        with pytest.raises(ModelError, match=r"does not fit into memory.*\n.*fewer or smaller images"):
+            call()
+    assert not reasoner._prefixes._kept  # what it held on to is free for the next call
+    hook.remove()
+    assert reasoner.reason([ask("drink")])[0].text == WRITTEN["drink"]
+
+
 def test_the_weights_take_the_asked_dtype(folder: Path) -> None:
     import torch
 

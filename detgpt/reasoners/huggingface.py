@@ -33,7 +33,15 @@ from transformers import (
 from detgpt.answer import answer_is_complete, format_instruction
 from detgpt.device import choose_device
 from detgpt.errors import InputError, MissingExtraError, ModelError
+from detgpt.memory import explained_when_short_of_memory
 from detgpt.reasoners import RawAnswer, Request, TokenSpan
+from detgpt.reasoners.prefix import KeptPrefixes, image_key
+
+ACCELERATE_PLACES = ("auto", "balanced", "balanced_low_0", "sequential")
+MEMORY_REMEDIES = (
+    'a smaller model, quantization="4bit" or "8bit", device_map="auto" to spread it over all devices, '
+    "fewer or smaller images at a time, or kept_images=0"
+)
 
 
 class HuggingFaceReasoner:
@@ -41,14 +49,16 @@ class HuggingFaceReasoner:
 
     device: "cpu", "cuda", "cuda:1" ...; the GPU where there is one. device_map: accelerate's placement over
     several devices, instead of `device`. dtype: a torch dtype or its name; float32 on the CPU, bfloat16
-    elsewhere. quantization: None, "4bit" or "8bit" (bitsandbytes). Remote code is never run and weights are
-    read from safetensors only. Several threads may share one reasoner: they take turns on the model.
+    elsewhere. quantization: None, "4bit" or "8bit" (bitsandbytes). kept_images: of this many images the latest
+    prompt and answer are kept on the device, so that the next turn or instruction does not encode the image
+    again (`detgpt.reasoners.prefix`); 0 keeps none. Remote code is never run and weights are read from
+    safetensors only. Several threads may share one reasoner: they take turns on the model.
 
     A checkpoint whose config says `detgpt_prompt: "bare"` was trained on instructions as the user writes them
     and gets them so; every other one is told the three steps and the answer's form.
 
-    Raises `ModelError` when the checkpoint is missing or of the wrong kind, `MissingExtraError` without
-    bitsandbytes, `InputError` for a wrong argument.
+    Raises `ModelError` when the checkpoint is missing or of the wrong kind, or memory is short (when loading or
+    later), `MissingExtraError` without bitsandbytes, `InputError` for a wrong argument or a missing device.
     """
 
     def __init__(
@@ -61,7 +71,10 @@ class HuggingFaceReasoner:
         quantization: str | None = None,
         attn_implementation: str | None = None,
         revision: str | None = None,
+        kept_images: int = 4,
     ) -> None:
+        if kept_images < 0:
+            raise InputError(f"kept_images must be 0 or more, not {kept_images}")
         self.name = os.fspath(model_id_or_folder)
         device = choose_device(device)
         options: dict[str, Any] = {
@@ -73,13 +86,17 @@ class HuggingFaceReasoner:
         }
         if quantization and device_map is None:
             options["device_map"] = {"": device}
+        _check_device_map(device_map)
         self._processor = _load_processor(self.name, revision)
-        self._model = _load_model(self.name, revision, {k: v for k, v in options.items() if v is not None})
-        if options["device_map"] is None:
-            self._model.to(device)
+        _check_attention(self.name, revision, attn_implementation)
+        with explained_when_short_of_memory(self.name, MEMORY_REMEDIES):
+            self._model = _load_model(self.name, revision, {k: v for k, v in options.items() if v is not None})
+            if options["device_map"] is None:
+                self._model.to(device)
         self._model.eval()
         self.family: str = self._model.config.model_type
         self._plain_greedy_decoding()
+        self._prefixes = KeptPrefixes(self._model, kept_images)
         self._lock = threading.Lock()
 
     def reason(self, requests: Sequence[Request], *, max_new_tokens: int = 512) -> list[RawAnswer]:
@@ -121,19 +138,33 @@ class HuggingFaceReasoner:
         on_text: Callable[[str], None] | None = None,
         abandoned: threading.Event | None = None,
     ) -> list[RawAnswer]:
+        images = [image_key(request.image) for request in requests]
         with self._lock, torch.inference_mode():
             inputs = self._encode(requests)
             thinks = [self._opens_thought(ids) for ids in inputs["input_ids"]]
             tokenizer, end_ids = self._processor.tokenizer, self._end_ids
             writers = [_Writer(tokenizer, end_ids, inside_thought) for inside_thought in thinks]
             recorder = _Recorder(writers, on_text, abandoned)
-            self._model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
+            if first := self._prefixes.rows_to_run_first(images):
+                self._run([images[row] for row in first], self._encode([requests[row] for row in first]), 1)
+            self._run(
+                images,
+                inputs,
+                max_new_tokens,
                 logits_processor=[recorder.keep_logprobs],
                 stopping_criteria=[recorder],
             )
             return recorder.answers()
+
+    def _run(self, images: list[str], inputs: Any, max_new_tokens: int, **hooks: Any) -> None:
+        with explained_when_short_of_memory(self.name, MEMORY_REMEDIES):
+            try:
+                arguments = self._prefixes.resume(images, inputs, max_new_tokens)
+                sequences = self._model.generate(**arguments, max_new_tokens=max_new_tokens, **hooks)
+                self._prefixes.keep(images, arguments, sequences)
+            except Exception:
+                self._prefixes.clear()  # if memory was short, the next call has more
+                raise
 
     def _encode(self, requests: Sequence[Request]) -> Any:
         """Model inputs of the conversations, padded on the left: every row then continues at its end."""
@@ -297,6 +328,29 @@ def _quantization_config(quantization: str | None) -> BitsAndBytesConfig | None:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
+def _check_device_map(device_map: str | dict[str, Any] | None) -> None:
+    """That this machine has the devices, before anything is downloaded for them."""
+    named = device_map.values() if isinstance(device_map, dict) else [device_map]
+    for device in named:
+        if device not in (None, "disk", *ACCELERATE_PLACES):
+            choose_device(torch.device(device) if isinstance(device, int) else device)
+
+
+def _check_attention(name: str, revision: str | None, attn_implementation: str | None) -> None:
+    """That the model can run so, before its weights are downloaded: it is built without memory."""
+    if attn_implementation is None:
+        return
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            AutoModelForImageTextToText.from_config(config, attn_implementation=attn_implementation)
+    except (ImportError, ValueError) as error:
+        raise ModelError(
+            f"{name!r} cannot run with attn_implementation={attn_implementation!r}: {error}\n"
+            'Try "sdpa", or leave it out.'
+        ) from error
+
+
 def _load_processor(name: str, revision: str | None) -> Any:
     """The checkpoint's processor, after everything that can be known to be wrong without reading weights."""
     looks_local = name.startswith((".", "~", os.sep)) or name.count("/") != 1
@@ -329,7 +383,7 @@ def _load_model(name: str, revision: str | None, options: dict[str, Any]) -> Any
             name, revision=revision, trust_remote_code=False, output_loading_info=True, **options
         )
         model, report = loaded
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the weights of {name!r} cannot be loaded: {error}") from error
     if missing := sorted(report["missing_keys"]):  # they would stay random, and the answers gibberish
         raise ModelError(
