@@ -1,7 +1,6 @@
 """What each way to a faster Grounding DINO on a CPU gives, part by part, on the same tensors.
 
     python -m benchmarks.detector_candidates
-    pip install openvino; python -m benchmarks.detector_candidates   # with OpenVINO among them
 
 The candidates of a part take turns. Prints a table in Markdown; `docs/performance.md` says what was chosen.
 """
@@ -9,7 +8,6 @@ The candidates of a part take turns. Prints a table in Markdown; `docs/performan
 from __future__ import annotations
 
 import copy
-import functools
 import statistics
 import time
 import warnings
@@ -79,15 +77,6 @@ def backbone(model: Any, lean: Any, fast: Any, pixels: torch.Tensor, compiled: b
     if compiled:
         program = torch.compile(plain)
         candidates["torch.compile"] = lambda: program(pixels)
-    try:
-        import openvino
-    except ImportError:
-        print("OpenVINO is not installed: left out.")
-        return candidates
-    graph = openvino.convert_model(plain, example_input=pixels)
-    for precision in ("f32", "bf16"):
-        network = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": precision})
-        candidates[f"OpenVINO, {precision}"] = functools.partial(network, [pixels.numpy()])
     return candidates
 
 

@@ -170,7 +170,8 @@ def main(
             process.close()
     if "built_in" in chosen:
         measured["built_in"] = built_in_quality(pictures)
-    measured |= {"short_side": short_side, "repeats": repeats, "machine": describe_machine()}
+    if set(chosen) & set(SECTIONS):
+        measured |= {"short_side": short_side, "repeats": repeats, "machine": describe_machine()}
     RESULTS.mkdir(exist_ok=True)
     results.write_text(json.dumps(measured, indent=2) + "\n")
     (RESULTS / "detector_cpu.md").write_text(report(measured))
@@ -193,8 +194,9 @@ def describe_machine() -> dict[str, Any]:
 def report(measured: dict[str, Any]) -> str:
     """What was measured as Markdown."""
     parts = [write(measured) for section, write in REPORTS.items() if section in measured]
-    end = f"{measured['machine']}, short side {measured['short_side']}, {measured['repeats']} rounds."
-    return "\n\n".join([*parts, end]) + "\n"
+    if "machine" in measured:
+        parts.append(f"{measured['machine']}, short side {measured['short_side']}, {measured['repeats']} rounds.")
+    return "\n\n".join(parts) + "\n"
 
 
 def as_table(head: str, *rows: list[str]) -> str:
