@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import hashlib
 import io
 import os
 import re
@@ -31,7 +32,7 @@ from detgpt.errors import ImageError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MAX_BYTES", "MAX_PIXELS", "PICTURE_SUFFIXES", "ImageSource", "load_image"]
+__all__ = ["MAX_BYTES", "MAX_PIXELS", "PICTURE_SUFFIXES", "ImageSource", "image_key", "load_image"]
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray | torch.Tensor"
 
@@ -40,6 +41,11 @@ MAX_BYTES = 32 * 2**20  # of a download, a data: URL, or a stream that cannot se
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "MPO")
+
+
+def image_key(image: Image.Image) -> str:
+    """The same for images of the same size and pixels, whatever object or file they came from, and for no others."""
+    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
 
 
 def load_image(

@@ -16,9 +16,9 @@ from families import FAMILIES
 from PIL import Image
 
 from detgpt.errors import InputError
+from detgpt.images import image_key
 from detgpt.reasoners import RawAnswer, Request, Turn
 from detgpt.reasoners.huggingface import HuggingFaceReasoner
-from detgpt.reasoners.prefix import image_key
 
 REPOSITORY = Path(__file__).parent.parent
 BUILT_IN = "the built-in model"

@@ -23,7 +23,7 @@ from torch import nn
 from detgpt.detectors import Grounding
 from detgpt.detectors.checkpoint import check_is_fast, load_checkpoint
 from detgpt.detectors.lean import bfloat16_is_faster, make_lean
-from detgpt.detectors.remembered import Remembered, picture_key
+from detgpt.detectors.remembered import Remembered
 from detgpt.detectors.spans import (
     Prompt,
     TokenScores,
@@ -35,6 +35,7 @@ from detgpt.detectors.spans import (
 )
 from detgpt.device import choose_device
 from detgpt.errors import InputError, ModelError
+from detgpt.images import image_key
 
 RUNTIMES = ("auto", "torch", "lean")
 PRECISIONS = ("exact", "fast")
@@ -130,7 +131,7 @@ class GroundingDinoDetector:
 
     def _encode(self, images: list[Image.Image]) -> list[_Encoded]:
         return self._images.get(
-            [picture_key(image) for image in images], lambda new: self._run_image_encoder([images[i] for i in new])
+            [image_key(image) for image in images], lambda new: self._run_image_encoder([images[i] for i in new])
         )
 
     def _run_image_encoder(self, images: list[Image.Image]) -> list[_Encoded]:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from hashlib import blake2b
 from typing import Any, Generic, TypeVar
 
 import torch
-from PIL import Image
 from torch import nn
 
 Value = TypeVar("Value")
@@ -39,11 +37,6 @@ class Remembered(Generic[Value]):
         while len(self._values) > self.capacity:
             self._values.popitem(last=False)
         return [known[key] for key in keys]
-
-
-def picture_key(image: Image.Image) -> Hashable:
-    """Equal for images of equal pixels, whatever object or file they came from."""
-    return image.mode, image.size, blake2b(image.tobytes(), digest_size=16).digest()
 
 
 class RememberedText(nn.Module):

@@ -33,9 +33,10 @@ from transformers import (
 from detgpt.answer import answer_is_complete, format_instruction
 from detgpt.device import choose_device
 from detgpt.errors import InputError, MissingExtraError, ModelError
+from detgpt.images import image_key
 from detgpt.memory import explained_when_short_of_memory
 from detgpt.reasoners import RawAnswer, Request, TokenSpan
-from detgpt.reasoners.prefix import KeptPrefixes, image_key
+from detgpt.reasoners.prefix import KeptPrefixes
 
 ACCELERATE_PLACES = ("auto", "balanced", "balanced_low_0", "sequential")
 MEMORY_REMEDIES = (

@@ -13,7 +13,6 @@ Only what is proven is done so, see `CAUSAL_FAMILIES` and `_can_resume`; everyth
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import math
 from collections.abc import Sequence
@@ -21,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -116,11 +114,6 @@ class KeptPrefixes:
     def clear(self) -> None:
         """Give the memory back."""
         self._kept.clear()
-
-
-def image_key(image: Image.Image) -> str:
-    """The same for two images of the same size and pixels, and for no others."""
-    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
 
 
 def _can_resume(model: Any) -> bool:
