@@ -73,12 +73,13 @@ def built_in_quality(limit: int) -> dict[str, Any]:
 
     from detgpt.detectors.grounding_dino import GroundingDinoDetector
     from detgpt.evaluation import _ground_true_names
-    from detgpt.evaluation.data import read_records, truth_by_image
+    from detgpt.evaluation.data import truth_by_image
     from detgpt.evaluation.metrics import average_precision
+    from detgpt.evaluation.readers import read_dataset
     from detgpt.images import load_image
     from detgpt.pipeline import Options
 
-    truths = truth_by_image(read_records(ROOT / "finetune" / "picto" / "splits" / "seen"))[:limit]
+    truths = truth_by_image(read_dataset(ROOT / "finetune" / "picto" / "splits" / "seen").records)[:limit]
     truths = [truth for truth in truths if truth.names]
     images = [load_image(truth.image) for truth in truths]
     measured: dict[str, Any] = {"pictures": len(truths)}
