@@ -11,6 +11,7 @@ framework loads when a service starts.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -93,9 +94,17 @@ def run(load: Callable[[], DetGPT], serving: Serving) -> None:
     warn_of_strangers(serving)
     try:
         config.app = app.create_app(load(), serving)
+        _leave_a_core()
         uvicorn.Server(config).run([socket])
     finally:
         socket.close()
+
+
+def _leave_a_core() -> None:
+    """Keep one core for HTTP and for decoding pictures: torch's threads wait for the slowest of them at every step."""
+    import torch
+
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - 1)))
 
 
 def warn_of_strangers(serving: Serving) -> None:
