@@ -34,7 +34,7 @@ COORDINATES = {
 CONVENTIONS = {
     "qwen2_vl": "thousandths",  # github.com/QwenLM/Qwen3-VL/issues/866, an answer of its maintainers
     "qwen2_5_vl": "resized",  # github.com/QwenLM/Qwen3-VL/issues/676, 866 and 947
-    "qwen3_vl": "thousandths",  # github.com/QwenLM/Qwen3-VL, cookbooks/2d_grounding.ipynb; issue 1486
+    "qwen3_vl": "thousandths",  # github.com/QwenLM/Qwen3-VL, cookbooks/2d_grounding.ipynb; its thread 1486
     "qwen3_5": "thousandths",  # github.com/QwenLM/Qwen3.8-Flash-Next/issues/4
     "internvl": "thousandths",  # internvl.readthedocs.io, chat data format; github.com/OpenGVLab/InternVL/issues/1009
 }
