@@ -1,0 +1,50 @@
+"""`detgpt-finetune`: run recipes, prepare data, export results.
+
+    detgpt-finetune run instruct.yaml trainer.learning_rate=1e-4
+
+Under a launcher it is the same command: `accelerate launch -m finetune.cli run …`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from detgpt import terminal
+
+app = typer.Typer(
+    help="Teach a reasoning detector your world: data, alignment, instruction tuning, detectors.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `run` a command of its own."""
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes with the package.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipe's.")
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+) -> None:
+    """Run a recipe; a run that was interrupted goes on where it was."""
+    from finetune.recipe import run_recipe
+
+    with terminal.reporting(debug):
+        run_recipe(recipe, overrides or ())
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
