@@ -7,6 +7,7 @@ Under a launcher it is the same command: `accelerate launch -m finetune.cli run 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -36,6 +37,19 @@ def run(
 
     with terminal.reporting(debug):
         run_recipe(recipe, overrides or ())
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    out: Annotated[Path, typer.Argument(help="A new folder, for the model and its card.")],
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+) -> None:
+    """Write a run's result as a model to hand on, with a model card."""
+    from finetune.export import export
+
+    with terminal.reporting(debug):
+        terminal.note(f"wrote {export(run, out)}")
 
 
 def main() -> None:

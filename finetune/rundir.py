@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.trainer import TRAINER_STATE_NAME
 
 from detgpt import terminal
 from detgpt.errors import InputError
@@ -37,7 +38,6 @@ RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 ADAPTER = "adapter"
-LAST_OF_A_CHECKPOINT = "trainer_state.json"  # the Trainer writes this file last
 PACKAGES = ("detgpt", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 DATA = ("train", "validation")  # settings that name records
 
@@ -78,7 +78,7 @@ def finish(folder: Path, metrics: Mapping[str, float]) -> None:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint of the run in `folder` that is whole: one that a kill cut short is none."""
-    whole = [place for place in (folder / CHECKPOINTS).glob("checkpoint-*") if _is_whole(place / LAST_OF_A_CHECKPOINT)]
+    whole = [place for place in (folder / CHECKPOINTS).glob("checkpoint-*") if _is_whole(place / TRAINER_STATE_NAME)]
     return max(whole, key=lambda place: int(place.name.rpartition("-")[2]), default=None)
 
 
@@ -107,13 +107,14 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> Path:
     """Let `write` fill a folder beside `folder`, which takes its place when it is whole."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
     write(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return folder
 
 
-def write_pair(folder: Path, *, reasoner: str = "reasoner", detector: str = "detector") -> None:
+def write_pair(folder: Path, *, reasoner: str, detector: str) -> None:
     """Write `detgpt.json`, so that `DetGPT.from_pretrained(folder)` works.
 
     reasoner, detector: a name in `folder`, a folder elsewhere, a hub id, or a named pair or a folder of one, whose part
@@ -174,6 +175,7 @@ def _check_same(config: StageConfig) -> None:
 
 
 def _is_whole(state: Path) -> bool:
+    """The Trainer writes its state when all else of a checkpoint is written."""
     try:
         json.loads(state.read_text(encoding="utf-8"))
     except (OSError, ValueError):

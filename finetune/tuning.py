@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from detgpt.errors import InputError
 from finetune.parts import PROJECTOR, VISION, part_of, parts_of
@@ -40,8 +41,9 @@ def tuned(model: Any, how: Mapping[Group, Tune], lora: Lora) -> Any:
     """Make exactly what `how` says trainable, in float32; `model` itself, or the `PeftModel` of it with adapters.
 
     Beside adapters, "full" is a copy of each module of the part, which is kept with the adapters; a parameter of the
-    part that is in no such module (LLaVA-NeXT's `image_newline`) stays as it is. Raises `ModelError` for an
-    architecture whose parts are not known, `InputError` for one without a part that is to be trained.
+    part that is in no such module (LLaVA-NeXT's `image_newline`) stays as it is. Batch norms that do not train keep
+    their statistics, too. Raises `ModelError` for an architecture whose parts are not known, `InputError` for one
+    without a part that is to be trained.
     """
     names = [name for name, _ in model.named_parameters()]
     there = {group_of(part) for part in parts_of(names)}
@@ -55,6 +57,9 @@ def tuned(model: Any, how: Mapping[Group, Tune], lora: Lora) -> Any:
     else:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(how[group_of(part_of(name))] == "full")
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and how[group_of(part_of(name))] != "full":
+            module.register_forward_pre_hook(_as_trained)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
@@ -78,6 +83,11 @@ def modules_of(model: nn.Module, groups: Collection[Group]) -> list[str]:
                 yield from walk(child, f"{name}.{inner}" if name else inner)
 
     return list(walk(model, ""))
+
+
+def _as_trained(batch_norm: nn.Module, _: Any) -> None:
+    """Before every pass, for the Trainer sets the whole model to training."""
+    batch_norm.eval()
 
 
 def _adapters(model: nn.Module, how: Mapping[Group, Tune], lora: Lora) -> Any:

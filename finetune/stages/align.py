@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from finetune.stages.instruct import examples
-from finetune.stages.reasoner import ReasonerConfig, train
+from finetune.stages.instruct import TalkConfig, train_talks
 from finetune.tuning import Group, Tune
 
 
-class Config(ReasonerConfig):
+class Config(TalkConfig):
     stage: Literal["align"] = "align"
 
 
 def run(config: Config) -> None:
     how: dict[Group, Tune] = {Group.VISION: "frozen", Group.PROJECTOR: "full", Group.LANGUAGE: "frozen"}
-    train(config, how, examples(config), defaults={"learning_rate": 1e-3})
+    train_talks(config, how, learning_rate=1e-3)

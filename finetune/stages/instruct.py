@@ -7,6 +7,7 @@ Records as `detgpt-finetune data` makes them. The projector trains in full, the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from datasets import Dataset
@@ -18,7 +19,17 @@ from finetune.stages.reasoner import Paths, ReasonerConfig, train
 from finetune.tuning import Group, Tune
 
 
-class Config(ReasonerConfig):
+class TalkConfig(ReasonerConfig):
+    """Settings of a stage that learns from conversations.
+
+    packing: several examples in a row of a batch. by_length: batches of examples whose texts are of like length.
+    """
+
+    packing: bool = False
+    by_length: bool = False
+
+
+class Config(TalkConfig):
     """vision, projector, language: how each part is trained. language "qlora" is "lora" on 4-bit weights (a GPU)."""
 
     stage: Literal["instruct"] = "instruct"
@@ -29,20 +40,29 @@ class Config(ReasonerConfig):
 
 def run(config: Config) -> None:
     language: Tune = "lora" if config.language == "qlora" else config.language
-    train(
+    train_talks(
         config,
         {Group.VISION: config.vision, Group.PROJECTOR: config.projector, Group.LANGUAGE: language},
-        examples(config),
         quantized=(Group.LANGUAGE,) if config.language == "qlora" else (),
-        defaults={"learning_rate": 2e-4 if language == "lora" else 2e-5},
+        learning_rate=2e-4 if language == "lora" else 2e-5,
     )
 
 
-def examples(config: ReasonerConfig) -> Any:
-    """What makes examples of records, as they are drawn."""
+def train_talks(
+    config: TalkConfig, how: Mapping[Group, Tune], *, learning_rate: float, quantized: tuple[Group, ...] = ()
+) -> None:
+    """Train on records with `instruction` or `messages`, which are encoded as they are drawn."""
 
     def prepare(model: Any, processor: Any, paths: Paths) -> Dataset:
         encoder = RecordEncoder(processor, bare=is_bare(model.config), max_length=config.max_length)
         return load_records(paths).with_transform(encoder)
 
-    return prepare
+    train(
+        config,
+        how,
+        prepare,
+        quantized=quantized,
+        packing=config.packing,
+        by_length=config.by_length,
+        defaults={"learning_rate": learning_rate},
+    )

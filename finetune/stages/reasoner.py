@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from pydantic import Field, field_validator
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from detgpt.models import PAIRS, ModelPair
@@ -24,6 +26,7 @@ from finetune.loading import Checkpoint, load, stored_dtype
 from finetune.recipe import StageConfig
 from finetune.tuning import Group, Lora, Tune, tuned
 
+REASONER = "reasoner"  # in a run's folder: the result
 Paths = Path | list[Path]
 Prepare = Callable[[Any, Any, Paths], Dataset]  # model, processor, where the records are → encoded examples
 
@@ -39,16 +42,13 @@ class ReasonerConfig(Checkpoint, StageConfig):
 
     train, validation: folders of records (`finetune.data.records`). detector: the other half of the pair that the
     result makes: a hub id, a folder, or a named pair ("picto"). max_length: tokens of an example, the rest is cut off.
-    packing: several examples in a row of a batch. by_length: batches of examples of like length. trainer: TRL's
-    SFTConfig.
+    trainer: TRL's SFTConfig.
     """
 
     train: Paths
     validation: Paths | None = None
     detector: str = Field(default_factory=_photo_detector)
     max_length: int | None = Field(default=None, ge=2)
-    packing: bool = False
-    by_length: bool = False
     lora: Lora = Lora()
     trainer: dict[str, Any] = Field(default_factory=dict)
 
@@ -64,6 +64,8 @@ def train(
     prepare: Prepare,
     *,
     quantized: tuple[Group, ...] = (),
+    packing: bool = False,
+    by_length: bool = False,
     defaults: Mapping[str, Any] | None = None,
 ) -> None:
     """Train the parts as `how` says, on what `prepare` makes of the records, and write the result to `config.output`.
@@ -87,15 +89,19 @@ def train(
         train_dataset=examples,
         eval_dataset=prepare(model, processor, config.validation) if config.validation is not None else None,
         processing_class=processor,
-        data_collator=collator(model, processor, packing=config.packing),
+        data_collator=collator(model, processor, packing=packing),
     )
-    if config.by_length:
-        draw_by_length(trainer, [len(example["input_ids"]) for example in examples])
+    if by_length:
+        talks = examples.with_format(None)["messages"]
+        draw_by_length(trainer, [sum(len(turn["content"]) for turn in talk) for talk in talks])
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
             callback.logging_dir = str(folder / rundir.TENSORBOARD)
-    checkpoint = rundir.last_checkpoint(folder)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not _has_adapters(model):
+        # The Trainer loads a checkpoint by the model's own names and passes over all others without a word, while
+        # families that were renamed since (LLaVA, Qwen2.5-VL) are saved by their former ones.
+        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+    _go_on(trainer, rundir.last_checkpoint(folder))
     _keep(config, trainer, processor)
     if trainer.is_world_process_zero():
         rundir.finish(folder, _metrics(trainer))
@@ -133,33 +139,42 @@ def _dtype(config: ReasonerConfig, how: Mapping[Group, Tune]) -> str:
     return "bfloat16" if torch.cuda.is_available() and how[Group.LANGUAGE] != "full" else "float32"
 
 
+def _go_on(trainer: SFTTrainer, checkpoint: Path | None) -> None:
+    """Train from the checkpoint on; from one of the last step, which was written before a kill, nothing is left."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else TrainerState()
+    if checkpoint is None or state.global_step < state.max_steps:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    trainer.state = state
+    trainer._load_from_checkpoint(best or str(checkpoint))  # the Trainer itself would train one step more
+
+
 def _keep(config: ReasonerConfig, trainer: SFTTrainer, processor: Any) -> None:
     """Write the model, whole and in the base model's precision, and the pair that it makes."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers what is sharded
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
     if not trainer.is_world_process_zero():
         return
     if _has_adapters(model):
-        rundir.write_folder(
-            config.output / rundir.ADAPTER, lambda place: model.save_pretrained(place, state_dict=state)
-        )
-        model = merged(config, config.output / rundir.ADAPTER)
-        state = model.state_dict()
+        adapter = config.output / rundir.ADAPTER
+        rundir.write_folder(adapter, lambda place: model.save_pretrained(place, state_dict=state))
+        model, state = merged(config, adapter), None
     write_reasoner(config, model, processor, state)
 
 
-def write_reasoner(config: ReasonerConfig, model: Any, processor: Any, state: Mapping[str, torch.Tensor]) -> None:
-    """Write `<output>/reasoner` and the pair that it makes."""
-    dtype = stored_dtype(config)
-    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+def write_reasoner(config: ReasonerConfig, model: Any, processor: Any, state: Mapping[str, Any] | None = None) -> None:
+    """Write `<output>/reasoner` and the pair that it makes. state: the weights, where the model has but a shard."""
 
     def write(place: Path) -> None:
-        model.to(dtype).save_pretrained(place, state_dict=state)
+        whole = model if state is not None else model.to(stored_dtype(config))
+        whole.save_pretrained(place, state_dict=state, save_original_format=True)
         processor.save_pretrained(place)
 
-    rundir.write_folder(config.output / "reasoner", write)
+    rundir.write_folder(config.output / REASONER, write)
     if hasattr(processor, "image_processor"):
-        rundir.write_pair(config.output, detector=config.detector)
+        rundir.write_pair(config.output, reasoner=REASONER, detector=config.detector)
 
 
 def merged(config: Checkpoint, adapter: Path) -> Any:
