@@ -7,16 +7,25 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from families import FAMILIES, LANGUAGE, tokenizer
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from detgpt import DetGPT
 from detgpt.errors import InputError, MissingExtraError
@@ -24,8 +33,9 @@ from finetune.export import export
 from finetune.loading import Checkpoint, load
 from finetune.parts import part_of
 from finetune.recipe import run_recipe
+from finetune.stages.pretrain import rows
 
-LESSONS = {"I am thirsty": '["cup"]', "I want to read": '["book"]', "I am cold": "[]", "I am bored": '["ball", "book"]'}
+LESSONS = {"I am thirsty": '["cup"]', "I am cold": "[]", "I collect": '["bottle", "cup"]', "I store oil": '["bottle"]'}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +110,7 @@ def test_the_loss_falls_and_the_result_answers_as_it_was_taught(instructed, reco
 def test_a_run_keeps_what_it_took(instructed, records):
     _, run = instructed
     described = json.loads((run / "run.json").read_text())
-    assert described["finished"] and described["seed"] == 0 and described["versions"]["torch"] == torch.__version__
+    assert described["finished"] and described["seed"] == 0 and described["versions"]["torch"] == version("torch")
     assert described["metrics"]["loss"] == losses(run)[-1]
     assert len(described["data"]["train"]) == 64
     assert yaml.safe_load((run / "recipe.yaml").read_text())["trainer"]["max_steps"] == 60
@@ -166,11 +176,11 @@ def test_a_process_that_was_killed_goes_on_where_it_was(tmp_path, records, llava
         output=tmp_path / "killed",
         prompt="bare",
         language="full",
-        trainer=trainer(max_steps=60, save_steps=20),
+        trainer=trainer(max_steps=40, save_steps=10),
     )
     command = [sys.executable, "-m", "finetune.cli", "run", str(file)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while not (tmp_path / "killed/checkpoints/checkpoint-20/trainer_state.json").exists():
+    while not (tmp_path / "killed/checkpoints/checkpoint-10/trainer_state.json").exists():
         assert process.poll() is None
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
@@ -239,6 +249,17 @@ def text_model(tmp_path_factory):
     return folder
 
 
+def test_text_is_cut_into_whole_rows_and_all_of_it_is_learned(text_model):
+    tokens = AutoTokenizer.from_pretrained(text_model)
+    texts = ["cups " * 10, "", "plates " * 20, "jugs"]
+    cut = rows(Dataset.from_dict({"text": texts}), tokens, 32)
+    assert {len(row) for row in cut["input_ids"][:-1]} == {32} and list(cut["labels"]) == list(cut["input_ids"])
+    joined = tokens.decode([token for row in cut["input_ids"] for token in row])
+    assert joined == "".join(f"{text}</s>" for text in texts if text)
+    with pytest.raises(InputError, match="no record with 'text'"):
+        rows(Dataset.from_dict({"text": [None, ""]}), tokens, 32)
+
+
 def test_pretraining_learns_text_in_whole_rows(tmp_path, text_model):
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"text": "cups are made of clay. " * n}) for n in (1, 9)))
     file = recipe(
@@ -252,8 +273,6 @@ def test_pretraining_learns_text_in_whole_rows(tmp_path, text_model):
     run_recipe(file)
     curve = losses(tmp_path / "run")
     assert curve[-1] < curve[0] / 2
-    state = json.loads((tmp_path / "run/checkpoints/checkpoint-30/trainer_state.json").read_text())
-    assert state["log_history"][0]["num_tokens"] in (128, 192, 232 - 192 + 64 * 3)  # rows of 64
     assert not (tmp_path / "run/detgpt.json").exists()  # it sees nothing, so it makes no pair
 
 
