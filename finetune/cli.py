@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from detgpt import terminal
+from finetune.data.cli import app as data_app
 
 app = typer.Typer(
     help="Teach a reasoning detector your world: data, alignment, instruction tuning, detectors.",
@@ -19,11 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `run` a command of its own."""
+app.add_typer(data_app, name="data")
 
 
 @app.command()

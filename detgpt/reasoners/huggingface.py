@@ -8,7 +8,6 @@ probabilities are the model's own. A row stops as soon as its answer line is com
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import os
 import queue
 import threading
@@ -30,12 +29,12 @@ from transformers import (
     StoppingCriteria,
 )
 
-from detgpt.answer import answer_is_complete, format_instruction
+from detgpt.answer import answer_is_complete
 from detgpt.device import choose_device
 from detgpt.errors import InputError, MissingExtraError, ModelError
 from detgpt.images import image_key
 from detgpt.memory import explained_when_short_of_memory
-from detgpt.reasoners import RawAnswer, Request, TokenSpan
+from detgpt.reasoners import RawAnswer, Request, TokenSpan, chat
 from detgpt.reasoners.prefix import KeptPrefixes
 
 ACCELERATE_PLACES = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -88,10 +87,10 @@ class HuggingFaceReasoner:
         if quantization and device_map is None:
             options["device_map"] = {"": device}
         _check_device_map(device_map)
-        self._processor = _load_processor(self.name, revision)
+        self._processor = load_processor(self.name, revision)
         _check_attention(self.name, revision, attn_implementation)
         with explained_when_short_of_memory(self.name, MEMORY_REMEDIES):
-            self._model = _load_model(self.name, revision, {k: v for k, v in options.items() if v is not None})
+            self._model = load_model(self.name, revision, {k: v for k, v in options.items() if v is not None})
             if options["device_map"] is None:
                 self._model.to(device)
         self._model.eval()
@@ -183,20 +182,8 @@ class HuggingFaceReasoner:
         """Chat messages; the image stands in the first."""
         texts = [text for turn in request.history for text in (turn.instruction, turn.answer)]
         texts.append(request.instruction)
-        if getattr(self._model.config, "detgpt_prompt", "full") != "bare" and not request.verbatim:
-            texts[0] = format_instruction(texts[0])
-        messages: list[dict[str, Any]] = [
-            {"role": role, "content": [self._text(text)]}
-            for role, text in zip(itertools.cycle(["user", "assistant"]), texts, strict=False)
-        ]
-        messages[0]["content"].insert(0, {"type": "image", "image": request.image})
-        return messages
-
-    def _text(self, text: str) -> dict[str, Any]:
-        """A text part, without the tokens that only the template may write."""
-        for token in self._control_tokens:
-            text = text.replace(token, " ")
-        return {"type": "text", "text": text}
+        texts[0] = chat.worded(texts[0], bare=request.verbatim or chat.is_bare(self._model.config))
+        return chat.conversation(texts, request.image, self._control_tokens)
 
     def _opens_thought(self, prompt_ids: torch.Tensor) -> bool:
         """Whether the template has opened the <think> that the model will close."""
@@ -211,9 +198,7 @@ class HuggingFaceReasoner:
         self._model.generation_config = GenerationConfig(
             eos_token_id=end, pad_token_id=tokenizer.pad_token_id, bos_token_id=theirs.bos_token_id
         )
-        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        special.update(filter(None, [getattr(self._processor, "image_token", None)]))
-        self._control_tokens = sorted(special, key=lambda token: (-len(token), token))
+        self._control_tokens = chat.control_tokens(self._processor)
 
 
 class _Recorder(StoppingCriteria):
@@ -352,7 +337,7 @@ def _check_attention(name: str, revision: str | None, attn_implementation: str |
         ) from error
 
 
-def _load_processor(name: str, revision: str | None) -> Any:
+def load_processor(name: str, revision: str | None) -> Any:
     """The checkpoint's processor, after everything that can be known to be wrong without reading weights."""
     looks_local = name.startswith((".", "~", os.sep)) or name.count("/") != 1
     if looks_local and not Path(name).is_dir():
@@ -378,9 +363,12 @@ def _load_processor(name: str, revision: str | None) -> Any:
     return processor
 
 
-def _load_model(name: str, revision: str | None, options: dict[str, Any]) -> Any:
+def load_model(
+    name: str, revision: str | None, options: dict[str, Any], auto_class: Any = AutoModelForImageTextToText
+) -> Any:
+    """The checkpoint with all of its weights."""
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = auto_class.from_pretrained(
             name, revision=revision, trust_remote_code=False, output_loading_info=True, **options
         )
         model, report = loaded
