@@ -19,12 +19,13 @@ from detgpt.detectors.grounding_dino import GroundingDinoDetector
 from detgpt.errors import InputError, ModelError
 from detgpt.images import load_image
 from detgpt.models import PAIRS
-from finetune.grounding.data import read_examples
+from finetune.grounding.data import Source
 from finetune.grounding.model import load_trained, make_fresh
-from finetune.grounding.parts import Lora, Parts, set_trainable
+from finetune.grounding.parts import Parts, set_trainable
 from finetune.grounding.predict import predict
 from finetune.grounding.questions import INPUTS, Asking, Collator, PromptMaker, TrainingQuestions
 from finetune.recipe import run_recipe
+from finetune.tuning import Lora
 
 PICTO = str(PAIRS["picto"] / "detector")
 
@@ -61,7 +62,7 @@ def taught(tmp_path_factory, sets) -> Path:
     trainer = {"learning_rate": 5e-4, "max_steps": 16, "per_device_train_batch_size": 8, "eval_strategy": "steps"}
     trainer |= {"eval_steps": 16, "save_strategy": "steps", "save_steps": 16, "eval_on_start": True, "logging_steps": 4}
     parts = {"backbone": {"tune": "frozen"}, "text_encoder": {"rate": 1.0}}
-    run_recipe(recipe(folder, model=PICTO, data=sets, parts=parts, trainer={**trainer, "warmup_steps": 2}))
+    run_recipe(recipe(folder, model=PICTO, **sets, parts=parts, trainer={**trainer, "warmup_steps": 2}))
     return folder / "run"
 
 
@@ -106,7 +107,7 @@ def test_an_interrupted_run_ends_with_the_same_weights_bit_by_bit(tmp_path, know
     trainer |= {"save_strategy": "steps", "learning_rate": 1e-3}
     settings = {
         "model": tmp_path / "model",
-        "data": {"train": known},
+        "train": known,
         "parts": {part: {"tune": tune} for part in ("backbone", "text_encoder", "transformer")},
         "asking": {"max_names": 1},
         "trainer": trainer,
@@ -115,7 +116,8 @@ def test_an_interrupted_run_ends_with_the_same_weights_bit_by_bit(tmp_path, know
     whole = load_file(tmp_path / "run" / "detector" / "model.safetensors")
     shutil.rmtree(tmp_path / "run" / "detector")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-4")
-    (tmp_path / "run" / "run.json").unlink(missing_ok=True)
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**run, "finished": None}))
     run_recipe(recipe(tmp_path, **settings))
     resumed = load_file(tmp_path / "run" / "detector" / "model.safetensors")
     fresh = load_file(tmp_path / "model" / "model.safetensors")
@@ -128,7 +130,7 @@ def test_merged_adapters_say_what_they_said_before(tmp_path, known, family):
     save_checkpoint(tmp_path / "model", family)
     processor, model = load_trained(str(tmp_path / "model"))
     lora = {part: {"tune": "lora"} for part in ("backbone", "text_encoder", "transformer")}
-    wrapper = set_trainable(model, Parts.model_validate(lora), Lora(rank=4))
+    wrapper = set_trainable(model, Parts.model_validate(lora), Lora(r=4))
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -149,7 +151,7 @@ def test_merged_adapters_say_what_they_said_before(tmp_path, known, family):
 
 def a_batch(processor, model, source: dict[str, Path]) -> dict[str, torch.Tensor]:
     """Four pictures of a set, asked for both of its names."""
-    examples = read_examples(source["annotations"], source["images"])
+    examples = Source.model_validate(source).read()
     prompts = PromptMaker(processor.tokenizer, model.config.max_text_len)
     asked = TrainingQuestions(examples, prompts, Asking(alone=0), None, (0, 0, 0), seed=0)
     batch = Collator(processor)([asked[i] for i in range(4)])
@@ -157,8 +159,8 @@ def a_batch(processor, model, source: dict[str, Path]) -> dict[str, torch.Tensor
 
 
 def test_a_new_detector_learns_from_its_first_steps(tmp_path, sets):
-    trainer = {"max_steps": 12, "logging_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
-    run_recipe(recipe(tmp_path, from_config=PICTO, data={"train": sets["train"]}, trainer={**trainer, "save_steps": 12}))
+    trainer = {"max_steps": 9, "logging_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
+    run_recipe(recipe(tmp_path, from_config=PICTO, train=sets["train"], trainer={**trainer, "save_steps": 9}))
     loss = [row["loss"] for row in history(tmp_path / "run") if "loss" in row]
     assert loss[-1] < loss[0] / 4
 
@@ -191,5 +193,5 @@ def test_a_new_detector_takes_a_trained_backbone_of_its_shape_and_no_other(tmp_p
 )
 def test_wrong_settings_are_refused_before_anything_is_written(tmp_path, sets, settings, message):
     with pytest.raises((InputError, ModelError), match=message):
-        run_recipe(recipe(tmp_path, data=sets, **settings))
+        run_recipe(recipe(tmp_path, **sets, **settings))
     assert not (tmp_path / "run").exists()

@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 from detgpt.errors import InputError
 from detgpt.models import PAIRS
 from finetune.grounding.augment import Augmentation, vary
-from finetune.grounding.data import Example, Vocabulary, read_examples
+from finetune.grounding.data import Example, Source, Vocabulary
 from finetune.grounding.questions import Asking, Collator, PromptMaker, Question, TrainingQuestions, ValidationQuestions
 
 PROCESSOR = AutoProcessor.from_pretrained(PAIRS["picto"] / "detector")
@@ -30,16 +30,18 @@ def coco(folder: Path, annotations: list[dict], names: list[str]) -> list[Exampl
         "categories": [{"id": number, "name": name} for number, name in enumerate(names)],
     }
     (folder / "annotations.json").write_text(json.dumps(document))
-    return read_examples(folder / "annotations.json", folder)
+    return Source(annotations=folder).read()
 
 
 def odvg(folder: Path, *rows: dict, **label_map: str) -> list[Example]:
     Image.new("RGB", (100, 80)).save(folder / "0.png")
     file = folder / "odvg.jsonl"
-    file.write_text("".join(json.dumps({"filename": "0.png", "height": 80, "width": 100, **row}) + "\n" for row in rows))
+    file.write_text(
+        "".join(json.dumps({"filename": "0.png", "height": 80, "width": 100, **row}) + "\n" for row in rows)
+    )
     if label_map:
         (folder / "names.json").write_text(json.dumps({key.removeprefix("n"): name for key, name in label_map.items()}))
-    return read_examples(file, folder, folder / "names.json" if label_map else None)
+    return Source(annotations=file, label_map=folder / "names.json" if label_map else None).read()
 
 
 def questions(examples: list[Example], asking: Asking | None = None, **changes) -> TrainingQuestions:
@@ -73,7 +75,9 @@ def test_present_and_absent_names_are_asked_and_the_boxes_belong_to_the_present_
 
 
 def test_a_name_that_is_there_in_a_crowd_alone_is_not_asked_for(tmp_path):
-    examples = coco(tmp_path, [{"image_id": 0, "iscrowd": 1}, {"image_id": 0, "category_id": 1}], ["cup", "mug", "fork"])
+    examples = coco(
+        tmp_path, [{"image_id": 0, "iscrowd": 1}, {"image_id": 0, "category_id": 1}], ["cup", "mug", "fork"]
+    )
     assert {name for question in drawn(examples) for name in names_of(question)} == {"mug", "fork"}
 
 

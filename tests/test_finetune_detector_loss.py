@@ -36,8 +36,7 @@ def three_pictures() -> tuple[torch.Tensor, torch.Tensor, list[dict[str, torch.T
     logits = torch.linspace(-2, 1, 3 * 2 * TOKENS).reshape(3, 2, TOKENS)
     boxes = torch.tensor([[BOX, ELSEWHERE]] * 3)
     truths = [
-        {"boxes": torch.tensor([BOX]), "tokens": prompt[[thing]]}
-        for prompt, thing in zip(PROMPTS, THINGS, strict=True)
+        {"boxes": torch.tensor([BOX]), "tokens": prompt[[thing]]} for prompt, thing in zip(PROMPTS, THINGS, strict=True)
     ]
     return logits, boxes, truths
 
