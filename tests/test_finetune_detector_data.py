@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from transformers import AutoProcessor
 
-from detgpt.errors import InputError
+from detgpt.errors import InputError, UnreadableNameError
 from detgpt.models import PAIRS
 from finetune.grounding.augment import Augmentation, vary
 from finetune.grounding.data import Example, Source, Vocabulary
@@ -142,6 +142,17 @@ def test_a_synonym_is_asked_for_in_its_names_place(tmp_path):
     assert said == {"cup", "mug", "beaker"}
 
 
+def test_synonyms_that_leave_no_room_push_names_out_with_their_boxes(tmp_path):
+    plain = coco(
+        tmp_path, [{"image_id": 0, "category_id": i} for i in range(20)], [f"t{chr(97 + i)}" for i in range(20)]
+    )
+    long = {name: (f"{name} {'x' * 12}",) for name in plain[0].vocabulary.names}
+    example = Example(plain[0].image, plain[0].boxes, plain[0].labels, Vocabulary(plain[0].vocabulary.names, long))
+    for question in drawn([example], Asking(alone=0, synonyms=1)):
+        assert len(question.boxes) == len(question.prompt.spans) < 20
+        Collator(PROCESSOR)([question])
+
+
 def test_a_question_depends_on_seed_epoch_and_picture_alone(tmp_path):
     examples = coco(tmp_path, [{"image_id": 0}], ["cup", "mug", "fork", "moon"])
 
@@ -183,3 +194,23 @@ def test_validation_asks_every_picture_for_every_name_in_prompts_that_fit(tmp_pa
     boxed = [asked[i] for i in range(len(asked)) if len(asked[i].boxes)]
     assert [names_of(question)[question.names[0]] for question in boxed] == [names[63]]
     assert len(ValidationQuestions(examples, prompts, "separate")) == 2 * 64
+
+
+def test_a_folder_of_records_is_asked_for_what_is_boxed_and_not_for_what_is_there_unboxed(tmp_path):
+    Image.new("RGB", (100, 80)).save(tmp_path / "0.png")
+    Image.new("RGB", (100, 80)).save(tmp_path / "1.png")
+    rows = [
+        {"image": "0.png", "targets": ["cup"], "boxes": [[1, 1, 9, 9]], "labels": ["cup"], "present": ["cup", "mug"]},
+        {"image": "1.png", "targets": ["mug"], "boxes": [[1, 1, 9, 9]], "labels": ["mug"], "present": ["mug"]},
+    ]
+    lines = (json.dumps({"instruction": "I am thirsty", **row}) for row in rows)
+    (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
+    with_unboxed, other = Source.model_validate(str(tmp_path)).read()
+    assert {name for question in drawn([with_unboxed]) for name in names_of(question)} == {"cup"}
+    assert {name for question in drawn([other]) for name in names_of(question)} == {"cup", "mug"}
+
+
+def test_a_name_that_the_model_cannot_read_is_named_before_the_training(tmp_path):
+    examples = coco(tmp_path, [{"image_id": 0}], ["cup", "???"])
+    with pytest.raises(UnreadableNameError, match=r"\?\?\?"):
+        PromptMaker(PROCESSOR.tokenizer, 96).check(examples)
