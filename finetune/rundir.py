@@ -51,13 +51,15 @@ def is_finished(config: StageConfig) -> bool:
     return True
 
 
-def start(config: StageConfig) -> Path:
+def start(config: StageConfig, data: Mapping[str, str] | None = None) -> Path:
     """The folder of a run that begins or goes on, with its settings and a `run.json` without results.
 
+    data: fingerprints of what it learns from; unset: those of the records that the settings DATA name.
     Raises `InputError` where the folder holds a run of other settings, or its data has changed since.
     """
     _check_same(config)
-    data = {name: fingerprint(getattr(config, name)) for name in DATA if getattr(config, name, None) is not None}
+    if data is None:
+        data = {name: fingerprint(getattr(config, name)) for name in DATA if getattr(config, name, None) is not None}
     run = read_run(config.output)
     changed = [name for name in data if run and run["data"].get(name) != data[name]]
     if changed:
