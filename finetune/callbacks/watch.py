@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import reduce
-from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -39,23 +38,21 @@ def train(trainer: Any) -> Any:
     last = last_checkpoint(folder, clean=trainer.args.should_save)
     try:
         output = trainer.train(resume_from_checkpoint=str(last) if last else None)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except BaseException as error:
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # closes bars and writers
         if not _is_writing(error):
             raise
-        left = last_checkpoint(folder, clean=True)
         raise TrainingError(
-            f"a checkpoint could not be written to {folder} ({error}). {_kept(left)} Make room (trainer.save_total_limit "
-            "keeps fewer checkpoints), and run the same command again"
+            f"a checkpoint could not be written to {folder} ({error}). {_kept(last_checkpoint(folder, clean=True))} "
+            "Make room (trainer.save_total_limit keeps fewer checkpoints), and run the same command again"
         ) from error
-    finally:
-        # Where training ended by an error: bars and writers are closed.
-        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, Watch) and callback.told_to_stop:
-            raise StoppedError(
-                f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, as it was told to, and saved "
-                f"in {last_checkpoint(folder)}: the same command goes on from there"
-            )
+    state = trainer.state
+    stopped = any(isinstance(watch, Watch) and watch.told_to_stop for watch in trainer.callback_handler.callbacks)
+    if stopped and state.global_step < state.max_steps:
+        raise StoppedError(
+            f"stopped at step {state.global_step} of {state.max_steps}, as it was told to, and saved in "
+            f"{last_checkpoint(folder)}: the same command goes on from there"
+        )
     return output
 
 
