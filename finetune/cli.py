@@ -13,6 +13,7 @@ import typer
 
 from detgpt import terminal
 from detgpt.errors import StoppedError
+from finetune.data.cli import app as data_app
 
 TERMINATED = 143  # what a shell says of a process that SIGTERM ended
 
@@ -22,11 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `run` a command of its own."""
+app.add_typer(data_app, name="data")
 
 
 @app.command()

@@ -34,18 +34,26 @@ def read_json(file: Path, hint: str, encodings: Collection[str] = ("utf-8",)) ->
 
 def read_rows(file: Path, hint: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, object) of each line that is not empty."""
+    for where, line in read_lines(file, hint):
+        yield where, row_of(line, where)
+
+
+def read_lines(file: Path, hint: str) -> list[tuple[str, str]]:
+    """(where, text) of each line that is not empty; there must be one."""
     lines = [(n, line) for n, line in enumerate(read_text(file, hint).split("\n"), start=1) if line.strip()]
     if not lines:
         raise InputError(f"{file} holds no record: write one JSON object a line")
-    for number, line in lines:
-        where = f"{file}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: a record is a JSON object, got {line[:60]!r}")
-        yield where, row
+    return [(f"{file}, line {number}", line) for number, line in lines]
+
+
+def row_of(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: a record is a JSON object, got {line[:60]!r}")
+    return row
 
 
 def text(row: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:

@@ -5,24 +5,18 @@ The page holds everything, pictures too, and asks no server for anything.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from detgpt.draw import draw
 from detgpt.evaluation import cells
 from detgpt.evaluation.metrics import calibration_bins, match, outside_ignored
+from detgpt.evaluation.page import counted, drawn, figure, page, shortened, table
 from detgpt.evaluation.samples import Sample, Samples
 from detgpt.images import load_image
 
-PICTURE_WH = 560, 420  # pixels that every picture is made to fit, twice its size on a screen; about 30 kB each
-TEXT_SIZE, LINE_WIDTH = 24, 4
-LONGEST_TEXT = 400  # characters of a reasoning
 MEANINGS = {
     "names F1": "the reasoner by itself: names given against true targets, counts pooled over the wishes",
     "exact": "wishes for which exactly the true targets were named",
@@ -41,35 +35,22 @@ MEANINGS = {
 
 def html(results: Mapping[str, Mapping[str, Any]], runs: Sequence[Samples], worst: int) -> str:
     """The page about {run: what `evaluate` gave}, with the `worst` cases of each run drawn."""
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     wishes = sum(result["n"] for result in results.values())
     sections = "".join(_run(samples, results[samples.run], worst) for samples in runs)
     glossary = "".join(f"<dt>{escape(term)}</dt><dd>{escape(meaning)}</dd>" for term, meaning in MEANINGS.items())
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>DetGPT evaluation</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-<h1>DetGPT evaluation</h1>
-<p class="grey">{_counted(len(results), "run")}, {_counted(wishes, "wish", "wishes")}; percent</p>
-<div class="card scroll">{_table(cells(results))}</div>
+    return page(
+        "DetGPT evaluation",
+        f"{counted(len(results), 'run')}, {counted(wishes, 'wish', 'wishes')}; percent",
+        f"""<div class="card scroll">{table(cells(results))}</div>
 {sections}<details><summary>What the numbers mean</summary><dl>{glossary}</dl></details>
-</main>
-</body>
-</html>
-"""
+""",
+    )
 
 
 def _run(samples: Samples, result: Mapping[str, Any], worst: int) -> str:
     cases = samples.worst(worst)
     wrong = len(samples.worst(len(samples.samples)))
-    heading = f"{len(cases)} worst of {_counted(wrong, 'wish', 'wishes')} with a wrong box"
+    heading = f"{len(cases)} worst of {counted(wrong, 'wish', 'wishes')} with a wrong box"
     drawn = f'<h2>{heading}</h2>\n<div class="cases">\n{"".join(map(_case, cases))}</div>\n' if cases else ""
     return f"""<section>
 <h2>{escape(samples.run)}</h2>
@@ -151,13 +132,13 @@ def _case(sample: Sample) -> str:
     told = {
         "named": ", ".join(target.name for target in result.targets) or "nothing",
         "true": ", ".join(record.targets) or "nothing fits",
-        "said": _shortened(result.reasoning),
+        "said": shortened(result.reasoning),
         "from": record.where,
     }
     facts = "".join(f"<dt>{term}</dt><dd>{escape(text)}</dd>" for term, text in told.items() if text)
     problem = f'<p class="wrong">{escape(result.problem)}</p>' if result.problem else ""
     return f"""<article class="card case">
-<div class="views">{_figure(found, "found")}{_figure(true, "true")}</div>
+<div class="views">{figure(found, "found")}{figure(true, "true")}</div>
 <div class="told"><h3>“{escape(record.instruction)}”</h3>
 <p>{kind}<span class="grey">F1@0.5 {_percent(sample.f1_50)}, box IoU {_percent(sample.box_iou)}</span></p>
 {problem}<dl>{facts}</dl></div>
@@ -169,40 +150,10 @@ def _views(sample: Sample) -> tuple[Image.Image, Image.Image]:
     """The picture with the boxes that were found, and with the true ones; a name has one colour in both."""
     record, result = sample.record, sample.result
     image = load_image(record.image)
-    factor = min(PICTURE_WH[0] / image.width, PICTURE_WH[1] / image.height)
-    image = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))))
     names = [*record.targets, *(target.name for target in result.targets)]
-    look: dict[str, Any] = {"names": names, "text_size": TEXT_SIZE, "line_width": LINE_WIDTH, "min_side": 0}
-    found = draw(image, result.boxes * factor, result.labels, result.scores, **look)
-    return found, draw(image, record.boxes * factor, record.labels, **look)
-
-
-def _figure(image: Image.Image, caption: str) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=82)
-    url = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
-    return f'<figure><img src="{url}" alt="{caption}" loading="lazy"><figcaption>{caption}</figcaption></figure>'
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = (
-        "<tr>" + "".join(_table_cell(cell, header=number == 0 or i == 0) for i, cell in enumerate(row)) + "</tr>"
-        for number, row in enumerate(rows)
-    )
-    return f"<table><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>"
-
-
-def _table_cell(text: str, header: bool) -> str:
-    return f"<th>{escape(text)}</th>" if header else f"<td>{escape(text)}</td>"
+    found = drawn(image, result.boxes, result.labels, names, result.scores)
+    return found, drawn(image, record.boxes, record.labels, names)
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
-
-
-def _counted(count: int, one: str, many: str = "") -> str:
-    return f"{count} {one if count == 1 else many or one + 's'}"
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT].rstrip()} …"

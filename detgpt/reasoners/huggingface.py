@@ -8,7 +8,6 @@ probabilities are the model's own. A row stops as soon as its answer line is com
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import os
 import queue
 import threading
@@ -31,12 +30,12 @@ from transformers import (
     SuppressTokensLogitsProcessor,
 )
 
-from detgpt.answer import answer_is_complete, format_instruction
+from detgpt.answer import answer_is_complete
 from detgpt.device import choose_device
 from detgpt.errors import InputError, MissingExtraError, ModelError
 from detgpt.images import image_key
 from detgpt.memory import explained_when_short_of_memory
-from detgpt.reasoners import RawAnswer, Request, TokenSpan
+from detgpt.reasoners import RawAnswer, Request, TokenSpan, chat
 from detgpt.reasoners.drafts import PROMPT, Drafts
 from detgpt.reasoners.prefix import KeptPrefixes, remembers_tokens_only
 
@@ -99,7 +98,7 @@ class HuggingFaceReasoner:
             options["device_map"] = {"": device}
         _check_device_map(device_map)
         options = {option: value for option, value in options.items() if value is not None}
-        processor = _load_processor(name, revision)
+        processor = load_processor(name, revision)
         _check_attention(name, revision, attn_implementation)
         self._take(_load_placed(name, revision, options, device), processor, name, kept_images)
         if assistant is not None:
@@ -132,7 +131,7 @@ class HuggingFaceReasoner:
             raise ModelError(f"{self.name!r} cannot take back a token that it has read: leave the assistant out")
         if assistant == PROMPT:
             return Drafts(None)
-        _check_same_prompts(self._processor, _load_processor(assistant, None), assistant)
+        _check_same_prompts(self._processor, load_processor(assistant, None), assistant)
         model = _load_placed(assistant, None, options, self._model.device)
         model.generation_config = self._model.generation_config
         return Drafts(model)
@@ -226,20 +225,8 @@ class HuggingFaceReasoner:
         """Chat messages; the image stands in the first."""
         texts = [text for turn in request.history for text in (turn.instruction, turn.answer)]
         texts.append(request.instruction)
-        if getattr(self._model.config, "detgpt_prompt", "full") != "bare" and not request.verbatim:
-            texts[0] = format_instruction(texts[0])
-        messages: list[dict[str, Any]] = [
-            {"role": role, "content": [self._text(text)]}
-            for role, text in zip(itertools.cycle(["user", "assistant"]), texts, strict=False)
-        ]
-        messages[0]["content"].insert(0, {"type": "image", "image": request.image})
-        return messages
-
-    def _text(self, text: str) -> dict[str, Any]:
-        """A text part, without the tokens that only the template may write."""
-        for token in self._control_tokens:
-            text = text.replace(token, " ")
-        return {"type": "text", "text": text}
+        texts[0] = chat.worded(texts[0], bare=request.verbatim or chat.is_bare(self._model.config))
+        return chat.conversation(texts, request.image, self._control_tokens)
 
     def _opens_thought(self, prompt_ids: torch.Tensor) -> bool:
         """Whether the template has opened the <think> that the model will close."""
@@ -257,9 +244,7 @@ class HuggingFaceReasoner:
         # An answer holds no picture; a draft from the prompt would.
         pictures = [getattr(self._model.config, f"{kind}_token_id", None) for kind in ("image", "video")]
         self._no_pictures = SuppressTokensLogitsProcessor(list(filter(None, pictures)), device=self._model.device)
-        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        special.update(filter(None, [getattr(self._processor, "image_token", None)]))
-        self._control_tokens = sorted(special, key=lambda token: (-len(token), token))
+        self._control_tokens = chat.control_tokens(self._processor)
 
 
 class _Recorder(StoppingCriteria):
@@ -406,7 +391,7 @@ def _check_attention(name: str, revision: str | None, attn_implementation: str |
         ) from error
 
 
-def _load_processor(name: str, revision: str | None) -> Any:
+def load_processor(name: str, revision: str | None) -> Any:
     """The checkpoint's processor, after everything that can be known to be wrong without reading weights."""
     looks_local = name.startswith((".", "~", os.sep)) or name.count("/") != 1
     if looks_local and not Path(name).is_dir():
@@ -453,15 +438,18 @@ def _check_same_prompts(processor: Any, other: Any, name: str) -> None:
 def _load_placed(name: str, revision: str | None, options: dict[str, Any], device: torch.device) -> Any:
     """The checkpoint on `device`, or where the option `device_map` says."""
     with explained_when_short_of_memory(name, MEMORY_REMEDIES):
-        model = _load_model(name, revision, options)
+        model = load_model(name, revision, options)
         if "device_map" not in options:
             model.to(device)
     return model.eval()
 
 
-def _load_model(name: str, revision: str | None, options: dict[str, Any]) -> Any:
+def load_model(
+    name: str, revision: str | None, options: dict[str, Any], auto_class: Any = AutoModelForImageTextToText
+) -> Any:
+    """The checkpoint with all of its weights."""
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = auto_class.from_pretrained(
             name, revision=revision, trust_remote_code=False, output_loading_info=True, **options
         )
         model, report = loaded

@@ -8,7 +8,6 @@ SIGTERM (a scheduler's or a user's): the step is finished and saved. An empty sp
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import signal
@@ -21,8 +20,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from detgpt.errors import InputError, StoppedError, TrainingError
-
-STATE_FILE = "trainer_state.json"  # what the trainer writes last
+from finetune.rundir import is_whole, latest
 
 
 def train(trainer: Any) -> Any:
@@ -35,7 +33,7 @@ def train(trainer: Any) -> Any:
         if dataset is not None and len(dataset) == 0:
             raise InputError(f"the {split} split has no examples: check its path, and what its records lack")
     folder = Path(trainer.args.output_dir)
-    last = last_checkpoint(folder, clean=trainer.args.should_save)
+    last = _without_halves(folder) if trainer.args.should_save else latest(folder)
     try:
         output = trainer.train(resume_from_checkpoint=str(last) if last else None)
     except BaseException as error:
@@ -43,7 +41,7 @@ def train(trainer: Any) -> Any:
         if not _is_writing(error):
             raise
         raise TrainingError(
-            f"a checkpoint could not be written to {folder} ({error}). {_kept(last_checkpoint(folder, clean=True))} "
+            f"a checkpoint could not be written to {folder} ({error}). {_kept(_without_halves(folder))} "
             "Make room (trainer.save_total_limit keeps fewer checkpoints), and run the same command again"
         ) from error
     state = trainer.state
@@ -51,20 +49,17 @@ def train(trainer: Any) -> Any:
     if stopped and state.global_step < state.max_steps:
         raise StoppedError(
             f"stopped at step {state.global_step} of {state.max_steps}, as it was told to, and saved in "
-            f"{last_checkpoint(folder)}: the same command goes on from there"
+            f"{latest(folder)}: the same command goes on from there"
         )
     return output
 
 
-def last_checkpoint(folder: Path, clean: bool = False) -> Path | None:
-    """The latest checkpoint in `folder` that was written to its end; `clean` removes those that were not."""
-    whole = []
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if _is_whole(path):
-            whole.append(path)
-        elif clean:
-            shutil.rmtree(path)
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+def _without_halves(checkpoints: Path) -> Path | None:
+    """Remove what was not written to its end; the last checkpoint that was."""
+    for checkpoint in checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if not is_whole(checkpoint):
+            shutil.rmtree(checkpoint)
+    return latest(checkpoints)
 
 
 class Watch(TrainerCallback):
@@ -107,21 +102,13 @@ class Watch(TrainerCallback):
 
     def _no_number(self, what: str, step: int) -> str:
         return (
-            f"{what} is no finite number at step {step}. {_kept(last_checkpoint(self._folder))} Try a lower "
+            f"{what} is no finite number at step {step}. {_kept(latest(self._folder))} Try a lower "
             "trainer.learning_rate, a longer warm-up, bf16 instead of fp16, or look at the records of that step"
         )
 
 
 def _kept(checkpoint: Path | None) -> str:
     return f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / STATE_FILE).read_text())
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _is_writing(error: BaseException) -> bool:

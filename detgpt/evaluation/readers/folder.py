@@ -7,7 +7,7 @@
 a box (xyxy in pixels) and its name in `labels`. `present` names everything in the picture. Optional: `kind`
 groups the wishes; `synonyms` {target: [names]} are as right as the target; `ignored` and `ignored_labels` are
 boxes of regions where a box is neither right nor wrong; `segmentations` are COCO's, one for each box and then
-one for each ignored box.
+one for each ignored box. Lines for training only, which lack an instruction or boxes, are left out.
 """
 
 from __future__ import annotations
@@ -35,11 +35,16 @@ def recognises(path: Path) -> bool:
 
 def read(source: Source) -> Dataset:
     file = source.path if source.path.name == DATA_FILE else source.path / DATA_FILE
-    rows = fields.read_rows(file, f"an evaluation folder holds {DATA_FILE} in UTF-8")
-    return Dataset(tuple(_record(row, file.parent, where) for where, row in rows))
+    lines = list(fields.read_rows(file, f"an evaluation folder holds {DATA_FILE} in UTF-8"))
+    measurable = [(where, row) for where, row in lines if not _is_for_training(row)]
+    left_out = len(lines) - len(measurable)
+    note = f"{left_out} of {len(lines)} records of {file} have no instruction or no boxes and were left out."
+    records = tuple(read_record(row, file.parent, where) for where, row in measurable)
+    return Dataset(records, (note,) if left_out else ())
 
 
-def _record(row: dict[str, Any], folder: Path, where: str) -> Record:
+def read_record(row: dict[str, Any], folder: Path, where: str) -> Record:
+    """The record of a line with a wish and its boxes. Raises `InputError` that starts with `where`."""
     record = Record(
         image=folder / fields.text(row, "image", where),
         instruction=fields.text(row, "instruction", where),
@@ -56,6 +61,11 @@ def _record(row: dict[str, Any], folder: Path, where: str) -> Record:
     )
     _check_agreement(record)
     return record
+
+
+def _is_for_training(row: dict[str, Any]) -> bool:
+    """Whether the line is text, a conversation, a wish without boxes, or boxes without a wish."""
+    return "text" in row or "messages" in row or ("instruction" in row) != ("boxes" in row)
 
 
 def to_row(record: Record, image: str) -> dict[str, Any]:

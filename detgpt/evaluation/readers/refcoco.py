@@ -42,25 +42,30 @@ def recognises(path: Path) -> bool:
 
 
 def read(source: Source) -> Dataset:
+    refs, annotations, folder, file = open_refs(source)
+    split = source.split or DEFAULT_SPLIT
+    splits = sorted({str(ref.get("split")) for ref in refs})
+    if split not in splits:
+        raise InputError(f"{file} has no split {split!r}: choose one of {', '.join(splits)}")
+    records = tuple(records_of([ref for ref in refs if ref.get("split") == split], annotations, folder, file))
+    note = "" if source.split else f"{file.name}: read split {split} of {', '.join(splits)}."
+    return Dataset(records, (*annotations.notes, *([note] if note else [])))
+
+
+def open_refs(source: Source) -> tuple[list[dict[str, Any]], Annotations, Path, Path]:
+    """The refs of all splits, the annotation, the folder of the pictures, and the file of the refs."""
     files = _refs_files(source.path)
     if len(files) != 1:
         there = ", ".join(file.name for file in files) or "none"
         raise InputError(f"{source.path} must hold one refs(...).p or refs(...).json, but holds {there}: give the file")
     file = files[0]
-    refs = _read_refs(file)
-    annotations = read_annotations(source.annotations or file.parent / "instances.json")
     published = file.parent.parent / "images/mscoco/images/train2014"
     folder = source.images or (published if published.is_dir() else image_folder(file.parent))
-    split = source.split or DEFAULT_SPLIT
-    splits = sorted({str(ref.get("split")) for ref in refs})
-    if split not in splits:
-        raise InputError(f"{file} has no split {split!r}: choose one of {', '.join(splits)}")
-    records = tuple(_records([ref for ref in refs if ref.get("split") == split], annotations, folder, file))
-    note = "" if source.split else f"{file.name}: read split {split} of {', '.join(splits)}."
-    return Dataset(records, (*annotations.notes, *([note] if note else [])))
+    return _read_refs(file), read_annotations(source.annotations or file.parent / "instances.json"), folder, file
 
 
-def _records(refs: list[dict[str, Any]], annotations: Annotations, folder: Path, file: Path) -> Iterator[Record]:
+def records_of(refs: list[dict[str, Any]], annotations: Annotations, folder: Path, file: Path) -> Iterator[Record]:
+    """Each sentence of `refs` as a wish for its one box."""
     for ref in refs:
         where = f"{file}, ref {ref.get('ref_id')!r}"
         picture = annotations.picture(ref.get("image_id"), where)

@@ -1,0 +1,106 @@
+"""The command line of data: `detgpt-finetune data convert`, `check` and `build`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from detgpt import terminal
+from detgpt.errors import InputError
+
+app = typer.Typer(help="Convert, check and build training data.", no_args_is_help=True)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+MOST_NAMES = 20  # of the table on the terminal; the page has all
+
+
+@app.command("convert")
+def convert_command(
+    source: Annotated[Path, typer.Argument(help="The file or folder of the other format.", show_default=False)],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.", show_default=False)],
+    format: Annotated[str, typer.Option(help="What SOURCE is; a wrong one lists them all.", show_default=False)],
+    images: Annotated[Path | None, typer.Option(help="The folder of the pictures, if they lie elsewhere.")] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(help="The COCO file with the boxes; of ODVG the label map.")
+    ] = None,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy the pictures into OUT.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Make training data of another format.
+
+    detgpt-finetune data convert instances_train2017.json data/boxes --format coco --images train2017/
+    """
+    from finetune.data.convert import convert
+
+    with terminal.reporting(debug):
+        counts, notes = convert(source, output, format=format, images=images, annotations=annotations, copy=copy)
+        for note in notes:
+            terminal.note(note)
+        for part, count in counts.items():
+            terminal.note(f"wrote {count} records to {output / part}")
+
+
+@app.command("check")
+def check_command(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Folders, each a part.", show_default=False)],
+    annotations: Annotated[Path | None, typer.Option(help="A COCO file: its categories are the known names.")] = None,
+    classes: Annotated[Path | None, typer.Option(help="A text file of the known names, one a line.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write a page (.html) with samples drawn.")] = None,
+    samples: Annotated[int, typer.Option(min=0, help="How many the page draws.")] = 24,
+    seed: Annotated[int, typer.Option(help="Of the samples that are drawn.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Look for broken pictures, wrong boxes, unknown names, duplicates and leaks; exit with 1 if there is an error.
+
+    detgpt-finetune data check data/train data/val --page data.html
+    """
+    from finetune.data import checkpage
+    from finetune.data.check import PROBLEMS, check
+
+    with terminal.reporting(debug):
+        report = check(paths, _known_names(annotations, classes))
+        _print_table("What is there", checkpage.parts(report))
+        if any(part.labels for part in report.parts):
+            _print_table("Boxes by name", checkpage.classes(report, MOST_NAMES))
+        if any(report.problems.values()):
+            _print_table("Problems", checkpage.problems(report))
+        if page:
+            with terminal.replacing(page) as file:
+                file.write_text(checkpage.html(report, samples, seed), encoding="utf-8", errors="backslashreplace")
+            terminal.note(f"wrote {page}")
+        warnings = sum(len(places) for problem, places in report.problems.items() if not PROBLEMS[problem])
+        terminal.note(f"{report.errors} errors, {warnings} warnings")
+    if report.errors:
+        raise typer.Exit(1)
+
+
+def _known_names(annotations: Path | None, classes: Path | None) -> set[str] | None:
+    from detgpt.evaluation import fields
+    from detgpt.evaluation.coco import read_annotations
+
+    names: set[str] = set()
+    if annotations:
+        of_file = read_annotations(annotations)
+        names.update(of_file.categories, *of_file.synonyms.values())
+    if classes:
+        lines = fields.read_text(classes, "a class list has one name a line").splitlines()
+        names.update(filter(None, map(str.strip, lines)))
+    if (annotations or classes) and not names:
+        raise InputError(f"{annotations or classes} holds no name")
+    return names or None
+
+
+def _print_table(title: str, rows: list[list[str]]) -> None:
+    from rich.table import Table
+
+    head, *body = rows
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
+    for heading in head:
+        is_text = heading in (head[0], "the first", "severity")
+        table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
+    for row in body:
+        table.add_row(*map(terminal.plain, row))
+    terminal.out.print(table)
+    terminal.out.print()

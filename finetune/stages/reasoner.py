@@ -1,0 +1,186 @@
+"""What the stages of a reasoner share: settings, and the way from records to a model that DetGPT loads.
+
+`align`, `instruct` and `pretrain` say which parts train and on what; the training is TRL's SFTTrainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from pydantic import Field, field_validator
+from transformers import set_seed
+from transformers.integrations import TensorBoardCallback
+from trl import SFTConfig, SFTTrainer
+
+from detgpt.models import PAIRS, ModelPair
+from finetune import callbacks, rundir
+from finetune.arguments import arguments, checked
+from finetune.batching import collator, draw_by_length
+from finetune.loading import Checkpoint, load, stored_dtype
+from finetune.recipe import StageConfig
+from finetune.tuning import Group, Lora, Tune, tuned
+
+Paths = Path | list[Path]
+Prepare = Callable[[Any, Any, Paths], Dataset]  # model, processor, where the records are → encoded examples
+
+
+def _photo_detector() -> str:
+    small = PAIRS["small"]
+    assert isinstance(small, ModelPair)
+    return small.detector
+
+
+class ReasonerConfig(Checkpoint, StageConfig):
+    """Settings of every stage that trains a reasoner.
+
+    train, validation: folders of records (`finetune.data.records`). detector: the other half of the pair that the
+    result makes: a hub id, a folder, or a named pair ("picto"). max_length: tokens of an example, the rest is cut off.
+    packing: several examples in a row of a batch. by_length: batches of examples of like length. lisa: train a few
+    layers at a time. detection: what every evaluation detects with. trainer: TRL's SFTConfig.
+    """
+
+    train: Paths
+    validation: Paths | None = None
+    detector: str = Field(default_factory=_photo_detector)
+    max_length: int | None = Field(default=None, ge=2)
+    packing: bool = False
+    by_length: bool = False
+    lora: Lora = Lora()
+    lisa: callbacks.LisaSettings | None = None
+    detection: callbacks.DetectionSettings | None = None
+    trainer: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("trainer")
+    @classmethod
+    def _known(cls, trainer: dict[str, Any]) -> dict[str, Any]:
+        return checked(SFTConfig, trainer)
+
+
+def train(
+    config: ReasonerConfig,
+    how: Mapping[Group, Tune],
+    prepare: Prepare,
+    *,
+    quantized: tuple[Group, ...] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Train the parts as `how` says, on what `prepare` makes of the records, and write the result to `config.output`.
+
+    A finished run is left as it is; one that was interrupted goes on from its last checkpoint.
+    """
+    args = _sft_config(config, defaults or {})
+    if rundir.is_finished(config):
+        return
+    folder = rundir.start(config)
+    set_seed(config.seed)
+    model, processor = load(config, _dtype(config, how), quantized=quantized)
+    model = tuned(model, how, config.lora)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    examples = prepare(model, processor, config.train)
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=examples,
+        eval_dataset=prepare(model, processor, config.validation) if config.validation is not None else None,
+        processing_class=processor,
+        data_collator=collator(model, processor, packing=config.packing),
+    )
+    if config.by_length:
+        draw_by_length(trainer, [len(example["input_ids"]) for example in examples])
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = str(folder / rundir.TENSORBOARD)
+    callbacks.attach(trainer, lisa=config.lisa, detection=config.detection)
+    callbacks.train(trainer)
+    _keep(config, trainer, processor)
+    if trainer.is_world_process_zero():
+        rundir.finish(folder, _metrics(trainer))
+
+
+def _sft_config(config: ReasonerConfig, defaults: Mapping[str, Any]) -> SFTConfig:
+    gpu = torch.cuda.is_available()
+    usual: dict[str, Any] = {
+        "bf16": gpu and torch.cuda.is_bf16_supported(),
+        "gradient_checkpointing": gpu,
+        "dataloader_num_workers": 4 if gpu else 0,
+        "dataloader_pin_memory": gpu,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,  # of all steps
+        "logging_steps": 10,
+        "report_to": ["tensorboard"],
+        "save_steps": 200,
+        "save_total_limit": 2,
+        "eval_strategy": "no" if config.validation is None else "epoch",
+    }
+    ours = {
+        "output_dir": str(config.output / rundir.CHECKPOINTS),
+        "seed": config.seed,
+        "remove_unused_columns": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "max_length": None,
+        "packing": False,
+    }
+    return arguments(SFTConfig, config.trainer, defaults={**usual, **defaults}, ours=ours)
+
+
+def _dtype(config: ReasonerConfig, how: Mapping[Group, Tune]) -> str:
+    if config.dtype is not None:
+        return config.dtype
+    return "bfloat16" if torch.cuda.is_available() and how[Group.LANGUAGE] != "full" else "float32"
+
+
+def _keep(config: ReasonerConfig, trainer: SFTTrainer, processor: Any) -> None:
+    """Write the model, whole and in the base model's precision, and the pair that it makes."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers what is sharded
+    if not trainer.is_world_process_zero():
+        return
+    if _has_adapters(model):
+        rundir.write_folder(
+            config.output / rundir.ADAPTER, lambda place: model.save_pretrained(place, state_dict=state)
+        )
+        model = merged(config, config.output / rundir.ADAPTER)
+        state = model.state_dict()
+    write_reasoner(config, model, processor, state)
+
+
+def write_reasoner(config: ReasonerConfig, model: Any, processor: Any, state: Mapping[str, torch.Tensor]) -> None:
+    """Write `<output>/reasoner` and the pair that it makes."""
+    dtype = stored_dtype(config)
+    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+
+    def write(place: Path) -> None:
+        model.to(dtype).save_pretrained(place, state_dict=state)
+        processor.save_pretrained(place)
+
+    rundir.write_folder(config.output / "reasoner", write)
+    if hasattr(processor, "image_processor"):
+        rundir.write_pair(config.output, detector=config.detector)
+
+
+def merged(config: Checkpoint, adapter: Path) -> Any:
+    """The model of `config` with the trained `adapter` worked into its weights, in the base model's precision."""
+    from peft import PeftModel
+
+    model, _ = load(config, "auto")
+    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+
+
+def _has_adapters(model: Any) -> bool:
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def _metrics(trainer: SFTTrainer) -> dict[str, float]:
+    """The last number of each kind that the run logged."""
+    last: dict[str, float] = {}
+    for entry in trainer.state.log_history:
+        last.update({name: value for name, value in entry.items() if isinstance(value, (int, float))})
+    return last
