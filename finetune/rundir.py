@@ -51,13 +51,15 @@ def is_finished(config: StageConfig) -> bool:
     return True
 
 
-def start(config: StageConfig) -> Path:
+def start(config: StageConfig, data: Mapping[str, str] | None = None) -> Path:
     """The folder of a run that begins or goes on, with its settings and a `run.json` without results.
 
+    data: fingerprints of what it learns from; unset: those of the records that the settings DATA name.
     Raises `InputError` where the folder holds a run of other settings, or its data has changed since.
     """
     _check_same(config)
-    data = {name: fingerprint(getattr(config, name)) for name in DATA if getattr(config, name, None) is not None}
+    if data is None:
+        data = {name: fingerprint(getattr(config, name)) for name in DATA if getattr(config, name, None) is not None}
     run = read_run(config.output)
     changed = [name for name in data if run and run["data"].get(name) != data[name]]
     if changed:
@@ -78,8 +80,22 @@ def finish(folder: Path, metrics: Mapping[str, float]) -> None:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint of the run in `folder` that is whole: one that a kill cut short is none."""
-    whole = [place for place in (folder / CHECKPOINTS).glob("checkpoint-*") if _is_whole(place / TRAINER_STATE_NAME)]
+    return latest(folder / CHECKPOINTS)
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The last whole checkpoint in the folder `checkpoints`."""
+    whole = [place for place in checkpoints.glob("checkpoint-*") if is_whole(place)]
     return max(whole, key=lambda place: int(place.name.rpartition("-")[2]), default=None)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether it was written to its end: the Trainer writes its state when all else is written."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -172,15 +188,6 @@ def _check_same(config: StageConfig) -> None:
             f"{config.output} holds a run with another {other[0]!r} ({before.get(other[0])!r}, here "
             f"{now.get(other[0])!r}): give another output, or remove that folder"
         )
-
-
-def _is_whole(state: Path) -> bool:
-    """The Trainer writes its state when all else of a checkpoint is written."""
-    try:
-        json.loads(state.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _seen_from(folder: Path, part: str) -> str:

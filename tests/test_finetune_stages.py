@@ -145,8 +145,12 @@ def as_killed_after(output: Path, step: int, copy: Path) -> Path:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"language": "full", "vision": "full"}, {"language": "lora", "lora": {"r": 2, "dropout": 0.2}}],
-    ids=["full", "lora"],
+    [
+        {"language": "full", "vision": "full"},
+        {"language": "lora", "lora": {"r": 2, "dropout": 0.2}},
+        {"language": "lisa", "lisa": {"layers": 1, "every": 1}},
+    ],
+    ids=["full", "lora", "lisa"],
 )
 def test_a_run_that_goes_on_ends_with_the_very_same_weights(settings, tmp_path, records, llava):
     file = recipe(

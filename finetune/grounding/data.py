@@ -1,7 +1,8 @@
-"""Annotated pictures for a detector's training, from the two formats that Grounding DINO's users have.
+"""Annotated pictures for a detector's training, from the formats that Grounding DINO's users have.
 
-    read_examples(Path("annotations/train.json"), Path("train"))                  # COCO: also LVIS, Objects365, …
-    read_examples(Path("odvg.jsonl"), Path("train"), Path("label_map.json"))      # ODVG, as Open-GroundingDINO reads it
+    Source(annotations="train.json", images="train2017").read()           # COCO: also LVIS, Objects365, …
+    Source(annotations="odvg.jsonl", images="train", label_map="names.json").read()       # as Open-GroundingDINO has it
+    Source(annotations="data/kitchen").read()     # a folder with annotations.json and images/, or with data.jsonl
 
 A line of ODVG is one picture, `{"filename": …, "height": …, "width": …}` with either all its things,
 `"detection": {"instances": [{"bbox": [x0, y0, x1, y1], "label": 0, "category": "cup"}]}`, or a caption's phrases,
@@ -16,11 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import model_validator
 
 from detgpt.errors import InputError
 from detgpt.evaluation import fields
 from detgpt.evaluation.coco import Picture, find_image, read_annotations
 from detgpt.evaluation.data import box_array
+from detgpt.evaluation.readers.coco import ANNOTATIONS_FILE, image_folder
+from finetune.data.detections import read_detections
+from finetune.data.records import DATA_FILE, files_digest
+from finetune.recipe import Settings
 
 ODVG_HINT = "an ODVG file holds one picture a line, with 'filename' and 'detection' or 'grounding'"
 
@@ -52,24 +58,66 @@ class Example:
     ignored_labels: tuple[str, ...] = ()
 
 
-def read_examples(annotations: Path, images: Path, label_map: Path | None = None) -> list[Example]:
-    """The pictures of a COCO file (.json) or an ODVG file (.jsonl), whose image files are in the folder `images`.
+class Source(Settings):
+    """Where annotated pictures are.
 
-    label_map: for ODVG, a JSON file of label numbers to names, `{"0": "person", …}`; without it the names are those
-    that occur. Raises `InputError` for an entry that is wrong, a picture that is missing, and a set without a box.
+    annotations: a COCO file (.json), an ODVG file (.jsonl), or a folder with COCO's annotations.json or with
+    data.jsonl, the project's own records. images: the folder of the pictures of a COCO or ODVG file; unset: images/
+    beside it, else where it is. label_map: for ODVG, a JSON file of label numbers to names, `{"0": "person", …}`;
+    without it the names are those that occur.
     """
-    if annotations.suffix == ".jsonl":
-        examples = list(_read_odvg(annotations, images, label_map))
-    elif label_map is not None:
-        raise InputError(f"{annotations} is no ODVG file (.jsonl), so it has no use for the label_map {label_map}")
-    else:
-        examples = list(_read_coco(annotations, images))
-    for example in examples:
-        if not example.image.is_file():
-            raise InputError(f"{annotations}: there is no picture {example.image}; 'images' is the folder they are in")
-    if not any(len(example.boxes) for example in examples):
-        raise InputError(f"{annotations} has no box to learn from")
-    return examples
+
+    annotations: Path
+    images: Path | None = None
+    label_map: Path | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_path(cls, value: Any) -> Any:
+        return {"annotations": value} if isinstance(value, (str, Path)) else value
+
+    @property
+    def file(self) -> Path:
+        """The file of the annotations."""
+        if not self.annotations.is_dir():
+            return self.annotations
+        coco = self.annotations / ANNOTATIONS_FILE
+        return coco if coco.is_file() else self.annotations / DATA_FILE
+
+    def read(self) -> list[Example]:
+        """Raises `InputError` for an entry that is wrong, a picture that is missing, and a set without a box."""
+        file, images = self.file, self.images or image_folder(self.file.parent)
+        if file.suffix == ".jsonl" and self.annotations.is_dir():
+            examples = list(_read_records(self.annotations))
+        elif file.suffix == ".jsonl":
+            examples = list(_read_odvg(file, images, self.label_map))
+        else:
+            examples = list(_read_coco(file, images))
+        for example in examples:
+            if not example.image.is_file():
+                raise InputError(f"{file}: there is no picture {example.image}; 'images' is the folder they are in")
+        if not any(len(example.boxes) for example in examples):
+            raise InputError(f"{file} has no box to learn from")
+        return examples
+
+    def fingerprint(self) -> str:
+        """A SHA-256 of the annotations; not of the pictures, which may be hundreds of thousands."""
+        return files_digest(self.file, ()).hex()
+
+
+def _read_records(folder: Path) -> Iterator[Example]:
+    rows = list(read_detections(folder))
+    names = tuple(dict.fromkeys(label for row in rows for label in row["labels"]))
+    for row in rows:
+        unboxed = set(row["present"]) - set(row["labels"]) - set(row["ignored_labels"])
+        yield Example(
+            image=Path(row["image"]),
+            boxes=box_array(row["boxes"]),
+            labels=tuple(row["labels"]),
+            vocabulary=Vocabulary(tuple(name for name in names if name not in unboxed)),
+            ignored=box_array(row["ignored"]),
+            ignored_labels=tuple(row["ignored_labels"]),
+        )
 
 
 def _read_coco(file: Path, folder: Path) -> Iterator[Example]:

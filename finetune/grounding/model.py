@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoBackbone, AutoModelForZeroShotObjectDetection, AutoProcessor, MMGroundingDinoConfig
+from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, MMGroundingDinoConfig
 
 from detgpt.detectors.checkpoint import load_checkpoint, read_config
 from detgpt.detectors.grounding_dino import MODEL_TYPES, check_tokenizer
@@ -57,12 +56,13 @@ def open_gates(model: Any) -> None:
 
 def take_backbone(model: Any, source: str) -> None:
     """Give `model` the weights of the trained backbone at `source`. Raises `ModelError` for one of another shape."""
-    own: nn.Module = model.model.backbone.conv_encoder.model
+    own = model.model.backbone.conv_encoder.model
     try:
-        out_features = model.config.backbone_config.out_features
-        trained = AutoBackbone.from_pretrained(source, out_features=out_features, trust_remote_code=False)
-        report = own.load_state_dict(trained.state_dict(), strict=False)  # frozen batch norms count no batches
+        trained, report = type(own).from_pretrained(
+            source, config=model.config.backbone_config, dtype=torch.float32, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"The backbone {source} does not load into this detector: {error}") from error
-    if report.missing_keys:
-        raise ModelError(f"The backbone {source} lacks {report.missing_keys[0]!r} of this detector's backbone.")
+    if report["missing_keys"]:
+        raise ModelError(f"The backbone {source} lacks {min(report['missing_keys'])!r} of this detector's backbone.")
+    own.load_state_dict(trained.state_dict(), strict=False)  # frozen batch norms count no batches

@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import nn
 
 from finetune.recipe import Settings
+from finetune.tuning import Lora, Tune
 
 PartName = Literal["backbone", "text_encoder", "transformer"]
 # Small, and shared between layers, which adapters of each layer could not be merged back into.
@@ -17,7 +18,7 @@ HEADS = ("bbox_embed", "class_embed")
 class Part(Settings):
     """tune: what is trained. rate: its learning rate, as a share of the trainer's."""
 
-    tune: Literal["full", "lora", "frozen"] = "full"
+    tune: Tune = "full"
     rate: float = Field(default=1.0, gt=0)
 
 
@@ -32,14 +33,6 @@ class Parts(Settings):
     transformer: Part = Part(tune="full", rate=1.0)
 
 
-class Lora(Settings):
-    """Adapters of rank `rank`, scaled by alpha / rank, in every linear layer and convolution of a part."""
-
-    rank: int = Field(default=16, ge=1)
-    alpha: int = Field(default=32, ge=1)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-
-
 def part_of(parameter: str) -> PartName:
     """The part that a parameter or module of that name belongs to."""
     if "model.backbone." in parameter:
@@ -50,7 +43,8 @@ def part_of(parameter: str) -> PartName:
 def set_trainable(model: Any, parts: Parts, lora: Lora) -> Any:
     """Make exactly what `parts` says trainable, in place; where adapters are added the `PeftModel` of it is returned.
 
-    Beside adapters, the transformer's heads are trained in full.
+    Adapters (LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685) go into every linear layer and convolution of a
+    part. Beside them, the transformer's heads are trained in full.
     """
     adapted = [
         name
@@ -65,7 +59,7 @@ def set_trainable(model: Any, parts: Parts, lora: Lora) -> Any:
 
         # PEFT asks every transformers model for its word embeddings; these do not say where they are.
         model.get_input_embeddings = model.model.text_backbone.get_input_embeddings
-        settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=adapted)
+        settings = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=adapted)
         wrapper = get_peft_model(model, settings)
     for name, parameter in model.named_parameters():
         tune = getattr(parts, part_of(name)).tune

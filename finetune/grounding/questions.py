@@ -123,9 +123,9 @@ class TrainingQuestions(Dataset):
             image, boxes, kept = vary(picture, boxes, self.augmentation, self.fill, seed)
             labels = [labels[i] for i in kept]
         names = self._choose(rng, list(dict.fromkeys(labels)), example)
-        place = {name: k for k, name in enumerate(names)}
-        asked = np.array([label in place for label in labels], bool)
         prompt = self.prompts([self._say(rng, name, example.vocabulary) for name in names])[0]
+        place = {names[k]: k for k in prompt.indices}  # all, unless synonyms were too long for the last ones
+        asked = np.array([label in place for label in labels], bool)
         where = np.array([place[label] for label in labels if label in place], int)
         return Question(image, prompt, boxes[asked], where, index)
 
@@ -137,7 +137,7 @@ class TrainingQuestions(Dataset):
         here = here[: self.asking.max_names]
         room = min(len(away), self.asking.max_names - len(here))
         names = [*here, *away[: int(rng.integers(0 if here else 1, room + 1)) if room else 0]]
-        fitting = self.prompts(names)[0].indices  # synonyms may still be longer: then the last ones fall out
+        fitting = self.prompts(names)[0].indices
         return [names[fitting[i]] for i in rng.permutation(len(fitting))]
 
     def _say(self, rng: np.random.Generator, name: str, vocabulary: Vocabulary) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,6 +68,16 @@ class DetectorTrainer(Trainer):
             **options,
         )
         return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # transformers writes a Swin's weights under names of old, under which the Trainer would not find them again:
+        # a resumed run would go on with the image encoder that it began with.
+        network: Any = self.model
+        network.save_pretrained = partial(network.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del network.save_pretrained
 
     @torch.no_grad()
     def prediction_step(

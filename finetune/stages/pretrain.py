@@ -25,7 +25,7 @@ class Config(ReasonerConfig):
     """language: how it is trained. max_length: tokens of a row; unset: what the model reads at most, 4096 at most."""
 
     stage: Literal["pretrain"] = "pretrain"
-    language: Tune = "full"
+    language: Tune | Literal["lisa"] = "full"
     max_length: int | None = Field(default=None, ge=2)
 
 
@@ -35,8 +35,11 @@ def run(config: Config) -> None:
         longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 4096)
         return rows(load_records(paths), tokenizer, config.max_length or min(longest, 4096))
 
-    how: dict[Group, Tune] = {Group.VISION: "frozen", Group.PROJECTOR: "frozen", Group.LANGUAGE: config.language}
-    train(config, how, prepare, defaults={"learning_rate": 1e-5 if config.language == "full" else 1e-4})
+    lisa = config.language == "lisa"
+    language: Tune = "full" if config.language == "lisa" else config.language
+    how: dict[Group, Tune] = {Group.VISION: "frozen", Group.PROJECTOR: "frozen", Group.LANGUAGE: language}
+    learning_rate = 1e-5 if language == "full" else 1e-4
+    train(config, how, prepare, lisa=config.lisa if lisa else None, defaults={"learning_rate": learning_rate})
 
 
 def rows(records: Dataset, tokenizer: Any, length: int) -> Dataset:

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from pydantic import Field, field_validator
-from transformers import TrainerState, set_seed
+from transformers import set_seed
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from detgpt.models import PAIRS, ModelPair
-from finetune import rundir
+from finetune import callbacks, rundir
 from finetune.arguments import arguments, checked
 from finetune.batching import collator, draw_by_length
 from finetune.loading import Checkpoint, load, stored_dtype
@@ -42,6 +41,7 @@ class ReasonerConfig(Checkpoint, StageConfig):
 
     train, validation: folders of records (`finetune.data.records`). detector: the other half of the pair that the
     result makes: a hub id, a folder, or a named pair ("picto"). max_length: tokens of an example, the rest is cut off.
+    lisa: which layers train at a time where `language` is "lisa". detection: what every evaluation detects with.
     trainer: TRL's SFTConfig.
     """
 
@@ -50,6 +50,8 @@ class ReasonerConfig(Checkpoint, StageConfig):
     detector: str = Field(default_factory=_photo_detector)
     max_length: int | None = Field(default=None, ge=2)
     lora: Lora = Lora()
+    lisa: callbacks.LisaSettings = Field(default_factory=callbacks.LisaSettings)
+    detection: callbacks.DetectionSettings | None = None
     trainer: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("trainer")
@@ -63,6 +65,7 @@ def train(
     how: Mapping[Group, Tune],
     prepare: Prepare,
     *,
+    lisa: callbacks.LisaSettings | None = None,
     quantized: tuple[Group, ...] = (),
     packing: bool = False,
     by_length: bool = False,
@@ -78,33 +81,38 @@ def train(
     folder = rundir.start(config)
     set_seed(config.seed)
     model, processor = load(config, _dtype(config, how), quantized=quantized)
-    model = tuned(model, how, config.lora)
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    examples = prepare(model, processor, config.train)
+    model = tuned(model, how, config.lora)
+    if not _has_adapters(model):
+        # The Trainer loads a checkpoint by the model's own names and passes over all others without a word, while
+        # families that were renamed since (LLaVA, Qwen2.5-VL) are saved by their former ones.
+        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
     trainer = SFTTrainer(
         model=model,
         args=args,
-        train_dataset=examples,
+        train_dataset=prepare(model, processor, config.train),
         eval_dataset=prepare(model, processor, config.validation) if config.validation is not None else None,
         processing_class=processor,
         data_collator=collator(model, processor, packing=packing),
     )
     if by_length:
-        talks = examples.with_format(None)["messages"]
-        draw_by_length(trainer, [sum(len(turn["content"]) for turn in talk) for talk in talks])
+        _draw_by_length(trainer)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
             callback.logging_dir = str(folder / rundir.TENSORBOARD)
-    if not _has_adapters(model):
-        # The Trainer loads a checkpoint by the model's own names and passes over all others without a word, while
-        # families that were renamed since (LLaVA, Qwen2.5-VL) are saved by their former ones.
-        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
-    _go_on(trainer, rundir.last_checkpoint(folder))
+    callbacks.attach(trainer, lisa=lisa, detection=config.detection)
+    callbacks.train(trainer)
     _keep(config, trainer, processor)
     if trainer.is_world_process_zero():
         rundir.finish(folder, _metrics(trainer))
+
+
+def _draw_by_length(trainer: Any) -> None:
+    """By the characters of each conversation: its tokens are known only when its picture is read."""
+    talks = trainer.train_dataset.with_format(None)["messages"]
+    draw_by_length(trainer, [sum(len(turn["content"]) for turn in talk) for talk in talks])
 
 
 def _sft_config(config: ReasonerConfig, defaults: Mapping[str, Any]) -> SFTConfig:
@@ -137,17 +145,6 @@ def _dtype(config: ReasonerConfig, how: Mapping[Group, Tune]) -> str:
     if config.dtype is not None:
         return config.dtype
     return "bfloat16" if torch.cuda.is_available() and how[Group.LANGUAGE] != "full" else "float32"
-
-
-def _go_on(trainer: SFTTrainer, checkpoint: Path | None) -> None:
-    """Train from the checkpoint on; from one of the last step, which was written before a kill, nothing is left."""
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else TrainerState()
-    if checkpoint is None or state.global_step < state.max_steps:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        return
-    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    trainer.state = state
-    trainer._load_from_checkpoint(best or str(checkpoint))  # the Trainer itself would train one step more
 
 
 def _keep(config: ReasonerConfig, trainer: SFTTrainer, processor: Any) -> None:
