@@ -6,6 +6,8 @@
         │   ├── ImageError                        the image cannot be read or fetched, or is over a limit
         │   └── UnreadableNameError               the detector cannot read a name: too long, an unknown script
         ├── ModelError                            a checkpoint does not load, or a server does not answer
+        ├── TrainingError                         a training run cannot go on: a loss of NaN, a full disk
+        │   └── StoppedError                      it was told to stop, and has saved where it is
         └── MissingExtraError (also ImportError)  an optional package is not installed
 
 Callers' mistakes raise; a model's mistakes do not: a malformed answer is data, see `Detections.problem`.
@@ -13,7 +15,16 @@ Callers' mistakes raise; a model's mistakes do not: a malformed answer is data, 
 
 from __future__ import annotations
 
-__all__ = ["DetGPTError", "ImageError", "InputError", "MissingExtraError", "ModelError", "UnreadableNameError"]
+__all__ = [
+    "DetGPTError",
+    "ImageError",
+    "InputError",
+    "MissingExtraError",
+    "ModelError",
+    "StoppedError",
+    "TrainingError",
+    "UnreadableNameError",
+]
 
 
 class DetGPTError(Exception):
@@ -48,6 +59,14 @@ class UnreadableNameError(InputError):
 
 class ModelError(DetGPTError):
     """A checkpoint or model folder is missing, of the wrong kind, or does not load; or a model's server fails."""
+
+
+class TrainingError(DetGPTError):
+    """A training run cannot go on; the message says what is left whole, and how to go on from there."""
+
+
+class StoppedError(TrainingError):
+    """A training run was told to stop (SIGTERM); the same command goes on from where it is."""
 
 
 class MissingExtraError(DetGPTError, ImportError):

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 from torch.utils.data import Sampler
-from transformers import AutoModelForImageTextToText, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import AutoModelForImageTextToText
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from detgpt.errors import InputError
+from detgpt.reasoners.prefix import remembers_tokens_only
 
 Example = Mapping[str, Any]
 Batch = dict[str, Any]
@@ -98,7 +98,7 @@ class Packed:
         places = torch.arange(_length(example))
         if self._rope_index is None:
             return places
-        if "image_grid_thw" not in example:
+        if example.get("image_grid_thw") is None:
             return places.expand(4, -1)
         in_space, _ = self._rope_index(
             input_ids=_ids(example, "input_ids")[None],
@@ -110,7 +110,6 @@ class Packed:
 
 def check_packable(config: Any) -> None:
     """Raises `InputError` unless examples of this model can share a row and not notice."""
-    text = config.get_text_config(decoder=True)
     with_pictures = config.model_type in PACKABLE_WITH_PICTURES
     if not with_pictures and config.model_type not in PACKABLE_TEXT:
         known = ", ".join(sorted(PACKABLE_WITH_PICTURES | PACKABLE_TEXT))
@@ -118,11 +117,10 @@ def check_packable(config: Any) -> None:
             f"examples of a {config.model_type!r} model cannot be packed: it is not known to keep them apart "
             f"(known: {known}): leave packing out, and let batches be drawn by length"
         )
-    # A family may hold any language model; one with a recurrent state would carry it from example to example.
-    layers = {type(layer) for layer in DynamicCache(config=text).layers}
-    if not layers <= {DynamicLayer, DynamicSlidingWindowLayer}:
+    if not remembers_tokens_only(config):
+        language_model = config.get_text_config(decoder=True).model_type
         raise InputError(
-            f"examples of this {config.model_type!r} model cannot be packed: its language model ({text.model_type}) "
+            f"examples of this {config.model_type!r} model cannot be packed: its language model ({language_model}) "
             "carries a state from one example to the next. Leave packing out, and let batches be drawn by length"
         )
 

@@ -12,7 +12,10 @@ from typing import Annotated
 import typer
 
 from detgpt import terminal
+from detgpt.errors import StoppedError
 from finetune.data.cli import app as data_app
+
+TERMINATED = 143  # what a shell says of a process that SIGTERM ended
 
 app = typer.Typer(
     help="Teach a reasoning detector your world: data, alignment, instruction tuning, detectors.",
@@ -35,7 +38,11 @@ def run(
     from finetune.recipe import run_recipe
 
     with terminal.reporting(debug):
-        run_recipe(recipe, overrides or ())
+        try:
+            run_recipe(recipe, overrides or ())
+        except StoppedError as stopped:
+            terminal.note(str(stopped))
+            raise typer.Exit(TERMINATED) from None
 
 
 def main() -> None:

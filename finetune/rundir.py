@@ -80,8 +80,21 @@ def finish(folder: Path, metrics: Mapping[str, float]) -> None:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint of the run in `folder` that is whole: one that a kill cut short is none."""
-    whole = [place for place in (folder / CHECKPOINTS).glob("checkpoint-*") if _is_whole(place / LAST_OF_A_CHECKPOINT)]
+    return latest(folder / CHECKPOINTS)
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The last whole checkpoint in the folder `checkpoints`."""
+    whole = [place for place in checkpoints.glob("checkpoint-*") if is_whole(place)]
     return max(whole, key=lambda place: int(place.name.rpartition("-")[2]), default=None)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / LAST_OF_A_CHECKPOINT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -173,14 +186,6 @@ def _check_same(config: StageConfig) -> None:
             f"{config.output} holds a run with another {other[0]!r} ({before.get(other[0])!r}, here "
             f"{now.get(other[0])!r}): give another output, or remove that folder"
         )
-
-
-def _is_whole(state: Path) -> bool:
-    try:
-        json.loads(state.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _seen_from(folder: Path, part: str) -> str:

@@ -79,10 +79,15 @@ def family(any_family: tuple[Any, Any]) -> tuple[Any, Any]:
 def text_model(kind: str, **changes: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = AutoConfig.for_model(
-        kind, vocab_size=300, num_hidden_layers=2, initializer_range=0.3, head_dim=8, **(size | changes)
-    )
+    size = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    size |= {"vocab_size": 300, "num_hidden_layers": 2, "initializer_range": 0.3}
+    config = AutoConfig.for_model(kind, **{**size, **changes})
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config)
 
@@ -258,8 +263,8 @@ def test_small_splits_are_drawn_whole(lengths: list[int]) -> None:
 
 
 class Texts(torch.utils.data.Dataset):
-    def __init__(self) -> None:
-        self.texts = tokens([2 + i * 7 % 23 for i in range(41)])
+    def __init__(self, count: int = 41) -> None:
+        self.texts = tokens([2 + i * 7 % 23 for i in range(count)])
 
     def __len__(self) -> int:
         return len(self.texts)

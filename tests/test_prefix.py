@@ -193,11 +193,10 @@ def test_a_sliding_window_forgets_no_more_and_no_less(tmp_path: Path, window: in
     assert compared.ask(*[Request(A, wish) for wish in WISHES]) == (0 if fits else 1)
 
 
-def test_a_language_model_with_a_state_runs_the_whole_prompt(tmp_path: Path) -> None:
-    """A convolution's state cannot be taken back to the end of the image."""
+def llava_with_convolutions(folder: Path) -> Path:
     from transformers import AutoProcessor, Lfm2Config, LlavaConfig, LlavaForConditionalGeneration
 
-    folder = FAMILIES["LLaVA 1.5"](tmp_path)
+    FAMILIES["LLaVA 1.5"](folder)
     config = LlavaConfig.from_pretrained(folder)
     size = config.text_config
     config.text_config = Lfm2Config(
@@ -216,7 +215,12 @@ def test_a_language_model_with_a_state_runs_the_whole_prompt(tmp_path: Path) -> 
     model = LlavaForConditionalGeneration(config)
     model.generation_config.eos_token_id = AutoProcessor.from_pretrained(folder).tokenizer.eos_token_id
     model.save_pretrained(folder)
-    compared = Compared(folder)
+    return folder
+
+
+def test_a_language_model_with_a_state_runs_the_whole_prompt(tmp_path: Path) -> None:
+    """A convolution's state cannot be taken back to the end of the image."""
+    compared = Compared(llava_with_convolutions(tmp_path))
     assert [compared.ask(Request(A, wish)) for wish in WISHES] == [1, 1, 1]
 
 

@@ -52,6 +52,7 @@ def evaluate(
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
     each: Callable[[Record, Detections], None] | None = None,
+    detector_alone: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
     """Run `model` on the records of `data` (the first `limit`) and measure it; the result is safe for JSON.
@@ -70,6 +71,7 @@ def evaluate(
     data: a path that `read_dataset` knows by itself, or what it gave.
     progress: called with (done, total) after each batch. `options`: see `detgpt.pipeline.Options`.
     each: called with every record and its result (without image and masks), in order.
+    detector_alone: whether to make the pass for ap and ap50, which the reasoner has no part in.
     Raises `InputError` for wrong data or arguments, `MissingExtraError` without pycocotools or scipy.
     """
     if batch_size < 1:
@@ -80,7 +82,7 @@ def evaluate(
         data = read_dataset(data, limit=limit)
     records = data.records[:limit]
     chosen = model.options.updated(options)
-    truths = truth_by_image(record for record in records if record.named)
+    truths = truth_by_image(record for record in records if record.named) if detector_alone else []
     total = len(records) + len(truths)
     reasoner, detector = _Timed(model.reasoner, "reason"), _Timed(model.detector, "detect")
     detector_ap = _Timed(model.detector, "detect")

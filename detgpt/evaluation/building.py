@@ -8,12 +8,16 @@ about it again without its own answer, names exactly the same things. Then each 
 that nothing in it fulfils, again by the writer's word with the picture before it; so how a wish is put does
 not tell whether something fits.
 
+For training, the answer to the second question can be kept: asked in the three steps of an answer, it is the text to
+learn, by a writer who did not know which things were meant (`Plan.explain`).
+
 What comes out is the folder format of `detgpt eval`. All choices come from the seed and the file's order. The
 answers are kept in `progress.jsonl` until all is done, so that an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -33,6 +37,7 @@ from detgpt.evaluation.writing import (
     Wish,
     checking_prompt,
     read_check,
+    read_reasoning,
     read_wishes,
     same_wording,
     writing_prompt,
@@ -55,6 +60,8 @@ class Plan:
     limit: so many pictures, drawn by the seed; None for all that have a box.
     wishes: wishes to ask for, a picture. absent: wishes that nothing fulfils, a picture, as far as they are found.
     seed: of the drawing. check: ask about every wish a second time.
+    explain: keep what the writer says then as the record's `reasoning`; a wish without is left out.
+    distinct: of pictures whose files are the same keep the first.
     max_new_tokens: the longest answer of the writer.
     """
 
@@ -63,13 +70,17 @@ class Plan:
     absent: int = 1
     seed: int = 0
     check: bool = True
+    explain: bool = False
+    distinct: bool = False
     max_new_tokens: int = 1024
 
     def __post_init__(self) -> None:
         if (self.limit is not None and self.limit < 1) or self.wishes < 1 or self.absent < 0:
             raise InputError(f"{self}: limit and wishes must be 1 or more, absent 0 or more")
-        if self.absent and not self.check:
-            raise InputError("wishes that nothing fulfils need the check: leave it on, or set absent to 0")
+        if (self.absent or self.explain) and not self.check:
+            raise InputError(
+                "wishes that nothing fulfils, and explanations, need the check: leave it on, or set absent to 0"
+            )
 
 
 def build(
@@ -79,18 +90,22 @@ def build(
     output: Path,
     plan: Plan,
     *,
+    captions: Mapping[str, Sequence[str]] | None = None,
     batch_size: int = 8,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Write the set into the folder `output` and return what `about.json` there says: the plan and the counts.
 
+    captions: sentences about a picture, by its id as text, that the writer is told.
     batch_size: pictures, and questions, that go to the writer together.
     progress: called with (done, total) pictures, each counted once for its own wishes and once for those of others.
     Raises `InputError` for wrong data or a finished `output`, `ModelError` if the writer gives no usable wish.
     """
     annotations = read_annotations(annotation_file)
-    pictures = _drawn(annotations, plan)
+    drawn = drawn_pictures(annotations, plan)
+    pictures = _distinct(drawn, images) if plan.distinct else drawn
     about = {"annotations": annotation_file.name, "writer": writer.name, **asdict(plan)}
+    about["captions"] = sum(str(picture.id) in (captions or {}) for picture in pictures)
     if (output / DATA_FILE).exists():
         raise InputError(f"{output} holds a finished set already: choose another folder")
     output.mkdir(parents=True, exist_ok=True)
@@ -98,7 +113,7 @@ def build(
     earlier = _begin_or_resume(log, about)
     own = [row for row in earlier if "wishes" in row]
     borrowed = [row for row in earlier if "absent" in row]
-    asking = _Asking(writer, annotations.synonyms, images, plan, batch_size)
+    asking = _Asking(writer, annotations.synonyms, captions or {}, images, plan, batch_size)
     total = len(pictures) * (2 if plan.absent else 1)
     with log.open("a", encoding="utf-8") as lines:
         for row in asking.write(pictures[len(own) :]):
@@ -113,8 +128,9 @@ def build(
             borrowed.append(row)
             progress(len(own) + len(borrowed), total)
     for row, of_picture in zip(borrowed, wishes, strict=bool(plan.absent)):
-        of_picture += [Wish(text, ()) for text in row["absent"]]
-    about["counts"] = _save(pictures, wishes, images, output) | {"refused": dict(_refused(own).most_common())}
+        of_picture += [_wish(fields) for fields in row["absent"]]
+    refused = _refused(own) + Counter({"the same picture again": len(drawn) - len(pictures)})
+    about["counts"] = _save(pictures, wishes, images, output) | {"refused": dict(refused.most_common())}
     (output / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     (output / f".{DATA_FILE}").replace(output / DATA_FILE)
     log.unlink()
@@ -127,6 +143,7 @@ class _Asking:
 
     writer: Reasoner
     synonyms: Mapping[str, tuple[str, ...]]
+    captions: Mapping[str, Sequence[str]]
     images: Path
     plan: Plan
     batch_size: int
@@ -135,7 +152,10 @@ class _Asking:
         """For each picture in order its usable wishes, and why others are not."""
         for batch in _batches(pictures, self.batch_size):
             looks = [self._look(picture) for picture in batch]
-            prompts = [writing_prompt(picture.boxed, self.plan.wishes) for picture in batch]
+            prompts = [
+                writing_prompt(picture.boxed, self.plan.wishes, self.captions.get(str(picture.id), ()))
+                for picture in batch
+            ]
             answers = self._ask(zip(looks, prompts, strict=True))
             for picture, look, answer in zip(batch, looks, answers, strict=True):
                 names = Names(picture.boxed, self.synonyms)
@@ -143,10 +163,10 @@ class _Asking:
                 if look is None:
                     refused["the picture cannot be read"] = 1
                 if self.plan.check:
-                    agreed = list(self._agreed(look, wishes, names))
-                    if lost := len(wishes) - len(agreed):
-                        refused["answered otherwise when asked again"] = lost
-                    wishes = agreed
+                    checked = self._checked([(picture, look, names, wish) for wish in wishes])
+                    for reason in (wish for wish in checked if isinstance(wish, str)):
+                        refused[reason] = refused.get(reason, 0) + 1
+                    wishes = [wish for wish in checked if isinstance(wish, Wish)]
                 rows = [asdict(wish) for wish in wishes]
                 yield {"image_id": picture.id, "wishes": rows, "refused": refused, "answer": answer}
 
@@ -159,15 +179,22 @@ class _Asking:
         for batch in _batches(positions, self.batch_size):
             looks = {i: self._look(pictures[i]) for i in batch}
             candidates = {i: self._candidates(pictures[i], wishes[i], everyone) for i in batch}
-            absent: dict[int, list[str]] = {i: [] for i in batch}
+            absent: dict[int, list[Wish]] = {i: [] for i in batch}
             for turn in range(TRIES * self.plan.absent):
                 lacking = [i for i in batch if len(absent[i]) < self.plan.absent and turn < len(candidates[i])]
-                asked = [(looks[i], checking_prompt(pictures[i].present, candidates[i][turn].text)) for i in lacking]
-                for i, answer in zip(lacking, self._ask(asked), strict=True):
-                    names = Names(pictures[i].present, self.synonyms)
-                    if answer is not None and read_check(answer, names) == frozenset():
-                        absent[i].append(candidates[i][turn].text)
-            yield from ({"image_id": pictures[i].id, "absent": absent[i]} for i in batch)
+                asked = [
+                    (
+                        pictures[i],
+                        looks[i],
+                        Names(pictures[i].present, self.synonyms),
+                        Wish(candidates[i][turn].text, ()),
+                    )
+                    for i in lacking
+                ]
+                for i, wish in zip(lacking, self._checked(asked), strict=True):
+                    if isinstance(wish, Wish):
+                        absent[i].append(wish)
+            yield from ({"image_id": pictures[i].id, "absent": [asdict(wish) for wish in absent[i]]} for i in batch)
 
     def _candidates(self, picture: Picture, own: Sequence[Wish], everyone: Sequence[Wish]) -> list[Wish]:
         """Wishes of other pictures whose targets are not here, drawn by the seed, each wording once."""
@@ -180,12 +207,23 @@ class _Asking:
                 drawn.append(wish)
         return drawn[: TRIES * self.plan.absent]
 
-    def _agreed(self, look: Image.Image | None, wishes: Sequence[Wish], names: Names) -> Iterator[Wish]:
-        """The wishes that are answered alike when asked about once more."""
-        answers = self._ask((look, checking_prompt(names.things, wish.text)) for wish in wishes)
-        for wish, answer in zip(wishes, answers, strict=True):
-            if answer is not None and read_check(answer, names) == frozenset(wish.targets):
-                yield wish
+    def _checked(self, asked: Sequence[tuple[Picture, Image.Image | None, Names, Wish]]) -> list[Wish | str]:
+        """The wishes as the writer answers them when asked about each once more, or why one is none."""
+        prompts = [
+            (look, checking_prompt(names.things, wish.text, self.captions.get(str(picture.id), ()), self.plan.explain))
+            for picture, look, names, wish in asked
+        ]
+        checked: list[Wish | str] = []
+        for (_, _, names, wish), answer in zip(asked, self._ask(prompts), strict=True):
+            if answer is None or read_check(answer, names) != frozenset(wish.targets):
+                checked.append("answered otherwise when asked again")
+            elif not self.plan.explain:
+                checked.append(wish)
+            elif reasoning := read_reasoning(answer):
+                checked.append(replace(wish, reasoning=reasoning))
+            else:
+                checked.append("answered without an explanation")
+        return checked
 
     def _ask(self, asked: Iterable[tuple[Image.Image | None, str]]) -> list[str | None]:
         """One answer for each (picture, prompt), None where there is no picture."""
@@ -205,7 +243,7 @@ class _Asking:
             return None  # it is counted: one broken file must not end a night's work
 
 
-def _drawn(annotations: Annotations, plan: Plan) -> list[Picture]:
+def drawn_pictures(annotations: Annotations, plan: Plan) -> list[Picture]:
     """The pictures to write about, in the file's order."""
     usable = [picture for picture in annotations.pictures if picture.boxed]
     if not usable:
@@ -213,6 +251,15 @@ def _drawn(annotations: Annotations, plan: Plan) -> list[Picture]:
     if plan.limit is None or plan.limit >= len(usable):
         return usable
     return [usable[i] for i in sorted(random.Random(plan.seed).sample(range(len(usable)), plan.limit))]
+
+
+def _distinct(pictures: Sequence[Picture], images: Path) -> list[Picture]:
+    """Of the pictures whose files are the same the first; one that cannot be read is for the asking to count."""
+    first: dict[object, Picture] = {}
+    for picture in pictures:
+        file = find_image(images, picture.file_name)
+        first.setdefault(hashlib.sha256(file.read_bytes()).digest() if file.is_file() else picture.id, picture)
+    return list(first.values())
 
 
 def _save(pictures: Sequence[Picture], wishes: Sequence[Sequence[Wish]], images: Path, output: Path) -> dict[str, Any]:
@@ -228,7 +275,8 @@ def _save(pictures: Sequence[Picture], wishes: Sequence[Sequence[Wish]], images:
             for wish in of_picture:
                 kind = FITS if wish.targets else ABSENT
                 record = picture.record(images, wish.text, wish.targets, f"picture {picture.id}", kind=kind)
-                _write(lines, to_row(replace(record, synonyms=wish.synonyms), image))
+                row = to_row(replace(record, synonyms=wish.synonyms), image)
+                _write(lines, row | ({"reasoning": wish.reasoning} if wish.reasoning else {}))
                 kinds[kind] += 1
     return {
         "pictures": sum(map(bool, wishes)),
@@ -250,23 +298,31 @@ def _no_wish(writer: Reasoner, own: Sequence[dict[str, Any]], log: Path) -> str:
     )
 
 
-def _begin_or_resume(log: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """The answers of an interrupted run; its first line must be `about`, and a line cut short is removed."""
+def read_log(log: Path) -> list[dict[str, Any]]:
+    """What an interrupted run was told, then its answers; [] where there is none. A line cut short is left out."""
     content = log.read_bytes() if log.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
     try:
-        header, *answers = [json.loads(line) for line in whole.splitlines()] or [about]
+        return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
     except ValueError as error:
         raise InputError(f"{log} is damaged ({error}): remove it to begin anew") from error
+
+
+def _begin_or_resume(log: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The answers of an interrupted run; its first line must be `about`, and a line cut short is removed."""
+    header, *answers = read_log(log) or [about]
     if header != about:
         raise InputError(f"{log} is of another run ({header}): go on with its settings, or choose another folder")
-    log.write_bytes(whole or f"{json.dumps(about)}\n".encode())
+    whole = log.with_suffix(".partial")
+    with whole.open("w", encoding="utf-8") as lines:
+        for row in (header, *answers):
+            _write(lines, row)
+    whole.replace(log)
     return answers
 
 
 def _wish(row: dict[str, Any]) -> Wish:
     synonyms = {target: tuple(others) for target, others in row["synonyms"].items()}
-    return Wish(row["text"], tuple(row["targets"]), synonyms)
+    return Wish(row["text"], tuple(row["targets"]), synonyms, row["reasoning"])
 
 
 def _write(lines: IO[str], row: dict[str, Any]) -> None:

@@ -110,7 +110,7 @@ def bench_build_command(
         plan = Plan(limit, wishes, absent, seed, check)
         if not images.is_dir():
             raise InputError(f"there is no folder {images}: give the folder of the pictures")
-        writer = _writer(reasoner, base_url, device, dtype, debug)
+        writer = load_writer(reasoner, base_url, device, dtype, debug)
         with terminal.progress(f"wishes by {reasoner}") as progress:
             about = build(writer, annotations, images, output, plan, batch_size=batch_size, progress=progress)
         terminal.note(f"wrote {output}")
@@ -124,7 +124,8 @@ def _title(path: Path, data: list[Path], split: str | None) -> str:
     return " ".join([name if names.count(name) == 1 else str(path), *([split] if split else [])])
 
 
-def _writer(reasoner: str, base_url: str | None, device: str | None, dtype: str | None, debug: bool) -> Reasoner:
+def load_writer(reasoner: str, base_url: str | None, device: str | None, dtype: str | None, debug: bool) -> Reasoner:
+    """A local reasoner, or one on a server with the key of the environment."""
     if base_url:
         return load_reasoner(reasoner, base_url=base_url, api_key=os.environ.get(KEY))
     with terminal.loading(reasoner, [reasoner], debug):

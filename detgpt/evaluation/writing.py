@@ -20,9 +20,9 @@ MAX_WISH_LENGTH = 300
 OTHER = "other"
 
 
-def writing_prompt(things: Sequence[str], count: int) -> str:
+def writing_prompt(things: Sequence[str], count: int, captions: Sequence[str] = ()) -> str:
     """Asks for `count` wishes that some of `things` fulfil."""
-    return f"""In this picture these things are marked: {", ".join(things)}.
+    return f"""{_what_is_known(things, captions)}
 
 Write {count} different wishes of somebody who looks at this picture. Each wish says what the person needs, wants to \
 do or asks about, in everyday words, so that one has to think to know which things in the picture fulfil it. A wish \
@@ -35,26 +35,38 @@ In "fits" stand all marked things that fulfil the wish, named exactly as above, 
 stand other names that people use for them."""
 
 
-def checking_prompt(things: Sequence[str], wish: str) -> str:
-    """Asks which of `things` fulfil `wish`."""
-    return f"""In this picture these things are marked: {", ".join(things)}.
+def checking_prompt(things: Sequence[str], wish: str, captions: Sequence[str] = (), explain: bool = False) -> str:
+    """Asks which of `things` fulfil `wish`; with `explain`, in the three steps of an answer to learn from."""
+    return f"""{_what_is_known(things, captions)}
 
 Somebody says: {json.dumps(wish, ensure_ascii=False)}
 
-Look at the picture and think which of the marked things fulfil this wish. If a thing in the picture that is not \
+Look at the picture and think which of the marked things fulfil this wish. \
+{_THREE_STEPS if explain else ""}If a thing in the picture that is not \
 marked fulfils it too, add the word "{OTHER}". End with one line, a JSON list of these names, for example
 Targets: ["scissors"]
 If nothing in the picture fulfils the wish, the line is
 Targets: []"""
 
 
+_THREE_STEPS = """First describe the picture in one or two sentences. Then say what in it fulfils the wish, \
+and explain why each of these things does; if nothing does, explain why. Write plain sentences without numbers, as one \
+who answers that person: say nothing of marks or of these instructions. """
+
+
+def _what_is_known(things: Sequence[str], captions: Sequence[str]) -> str:
+    described = "".join(f"\nSomebody described it so: {caption}" for caption in captions)
+    return f"In this picture these things are marked: {', '.join(things)}.{described}"
+
+
 @dataclass(frozen=True)
 class Wish:
-    """A wish, the categories that fulfil it, and other names of these."""
+    """A wish, the categories that fulfil it, other names of these, and the thoughts that lead to the answer."""
 
     text: str
     targets: tuple[str, ...]
     synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    reasoning: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,12 @@ def read_check(text: str, names: Names) -> frozenset[str] | None:
     if answer.problem or None in found:
         return None
     return frozenset(thing for thing in found if thing)
+
+
+def read_reasoning(text: str) -> str | None:
+    """The thoughts of an answer to `checking_prompt`; None if it has none, or speaks of marks that no user sees."""
+    reasoning = parse_answer(text).reasoning
+    return reasoning if reasoning and not re.search(r"\bmarked\b", reasoning, re.IGNORECASE) else None
 
 
 def same_wording(a: str, b: str) -> bool:

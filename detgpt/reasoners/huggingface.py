@@ -27,6 +27,7 @@ from transformers import (
     BitsAndBytesConfig,
     GenerationConfig,
     StoppingCriteria,
+    SuppressTokensLogitsProcessor,
 )
 
 from detgpt.answer import answer_is_complete
@@ -35,7 +36,8 @@ from detgpt.errors import InputError, MissingExtraError, ModelError
 from detgpt.images import image_key
 from detgpt.memory import explained_when_short_of_memory
 from detgpt.reasoners import RawAnswer, Request, TokenSpan, chat
-from detgpt.reasoners.prefix import KeptPrefixes
+from detgpt.reasoners.drafts import PROMPT, Drafts
+from detgpt.reasoners.prefix import KeptPrefixes, remembers_tokens_only
 
 ACCELERATE_PLACES = ("auto", "balanced", "balanced_low_0", "sequential")
 MEMORY_REMEDIES = (
@@ -54,12 +56,19 @@ class HuggingFaceReasoner:
     again (`detgpt.reasoners.prefix`); 0 keeps none. Remote code is never run and weights are read from
     safetensors only. Several threads may share one reasoner: they take turns on the model.
 
+    assistant: a smaller checkpoint of the same family that drafts the answers, or "prompt", which drafts them from the
+    prompt's own words. The model reads several drafted tokens at once and keeps those that it would have written, so
+    the text is the same. Only for single requests and streams, which then keep no images; a batch runs as it does
+    without. `acceptance` says how much of the drafts was kept.
+
     A checkpoint whose config says `detgpt_prompt: "bare"` was trained on instructions as the user writes them
     and gets them so; every other one is told the three steps and the answer's form.
 
     Raises `ModelError` when the checkpoint is missing or of the wrong kind, or memory is short (when loading or
     later), `MissingExtraError` without bitsandbytes, `InputError` for a wrong argument or a missing device.
     """
+
+    _drafts: Drafts | None
 
     def __init__(
         self,
@@ -72,10 +81,11 @@ class HuggingFaceReasoner:
         attn_implementation: str | None = None,
         revision: str | None = None,
         kept_images: int = 4,
+        assistant: str | os.PathLike[str] | None = None,
     ) -> None:
         if kept_images < 0:
             raise InputError(f"kept_images must be 0 or more, not {kept_images}")
-        self.name = os.fspath(model_id_or_folder)
+        name = os.fspath(model_id_or_folder)
         device = choose_device(device)
         options: dict[str, Any] = {
             "dtype": _torch_dtype(dtype, device),
@@ -87,17 +97,49 @@ class HuggingFaceReasoner:
         if quantization and device_map is None:
             options["device_map"] = {"": device}
         _check_device_map(device_map)
-        self._processor = load_processor(self.name, revision)
-        _check_attention(self.name, revision, attn_implementation)
-        with explained_when_short_of_memory(self.name, MEMORY_REMEDIES):
-            self._model = load_model(self.name, revision, {k: v for k, v in options.items() if v is not None})
-            if options["device_map"] is None:
-                self._model.to(device)
-        self._model.eval()
-        self.family: str = self._model.config.model_type
+        options = {option: value for option, value in options.items() if value is not None}
+        processor = load_processor(name, revision)
+        _check_attention(name, revision, attn_implementation)
+        self._take(_load_placed(name, revision, options, device), processor, name, kept_images)
+        if assistant is not None:
+            self._drafts = self._load_drafts(os.fspath(assistant), options)
+
+    @classmethod
+    def of(cls, model: Any, processor: Any, name: str) -> HuggingFaceReasoner:
+        """A reasoner of a loaded model and its processor, such as one in training; nothing is kept between requests.
+
+        The model answers as it is (call its `eval` before), and its `generation_config` becomes plain greedy decoding.
+        Raises `ModelError` for a processor without an image processor, a tokenizer or a chat template.
+        """
+        _check_processor(processor, name)
+        reasoner = cls.__new__(cls)
+        reasoner._take(model, processor, name, kept_images=0)
+        return reasoner
+
+    def _take(self, model: Any, processor: Any, name: str, kept_images: int) -> None:
+        self.name = name
+        self._model, self._processor = model, processor
+        self.family: str = model.config.model_type
         self._plain_greedy_decoding()
-        self._prefixes = KeptPrefixes(self._model, kept_images)
+        self._prefixes = KeptPrefixes(model, kept_images)
+        self._drafts = None
         self._lock = threading.Lock()
+
+    def _load_drafts(self, assistant: str, options: dict[str, Any]) -> Drafts:
+        """Raises `ModelError` for an assistant that reads other prompts, and a model that cannot take a token back."""
+        if not remembers_tokens_only(self._model.config):
+            raise ModelError(f"{self.name!r} cannot take back a token that it has read: leave the assistant out")
+        if assistant == PROMPT:
+            return Drafts(None)
+        _check_same_prompts(self._processor, load_processor(assistant, None), assistant)
+        model = _load_placed(assistant, None, options, self._model.device)
+        model.generation_config = self._model.generation_config
+        return Drafts(model)
+
+    @property
+    def acceptance(self) -> float | None:
+        """Of the tokens that the assistant has drafted so far, the share that the model kept; None without drafts."""
+        return self._drafts.acceptance if self._drafts else None
 
     def reason(self, requests: Sequence[Request], *, max_new_tokens: int = 512) -> list[RawAnswer]:
         """One answer per request, in order, from one batch through the model."""
@@ -145,15 +187,16 @@ class HuggingFaceReasoner:
             tokenizer, end_ids = self._processor.tokenizer, self._end_ids
             writers = [_Writer(tokenizer, end_ids, inside_thought) for inside_thought in thinks]
             recorder = _Recorder(writers, on_text, abandoned)
+            hooks = {"logits_processor": [self._no_pictures, recorder.keep_logprobs], "stopping_criteria": [recorder]}
+            if self._drafts and len(requests) == 1:
+                arguments = {**inputs, **self._drafts.arguments(inputs), **hooks}
+                with explained_when_short_of_memory(self.name, MEMORY_REMEDIES):
+                    self._model.generate(**arguments, max_new_tokens=max_new_tokens)
+                self._drafts.count(recorder.drafted, recorder.accepted)
+                return recorder.answers()
             if first := self._prefixes.rows_to_run_first(images):
                 self._run([images[row] for row in first], self._encode([requests[row] for row in first]), 1)
-            self._run(
-                images,
-                inputs,
-                max_new_tokens,
-                logits_processor=[recorder.keep_logprobs],
-                stopping_criteria=[recorder],
-            )
+            self._run(images, inputs, max_new_tokens, **hooks)
             return recorder.answers()
 
     def _run(self, images: list[str], inputs: Any, max_new_tokens: int, **hooks: Any) -> None:
@@ -198,13 +241,17 @@ class HuggingFaceReasoner:
         self._model.generation_config = GenerationConfig(
             eos_token_id=end, pad_token_id=tokenizer.pad_token_id, bos_token_id=theirs.bos_token_id
         )
+        # An answer holds no picture; a draft from the prompt would.
+        pictures = [getattr(self._model.config, f"{kind}_token_id", None) for kind in ("image", "video")]
+        self._no_pictures = SuppressTokensLogitsProcessor(list(filter(None, pictures)), device=self._model.device)
         self._control_tokens = chat.control_tokens(self._processor)
 
 
 class _Recorder(StoppingCriteria):
     """Follows `generate` step by step: hands each new token to its row's writer and says which rows are done.
 
-    Reading the probabilities here, a step at a time, keeps no (steps, batch, vocabulary) tensor in memory.
+    Reading the probabilities here, a step at a time, keeps no (steps, batch, vocabulary) tensor in memory. A step
+    writes one token, or with an assistant those of its draft that the model kept and one more.
     """
 
     def __init__(
@@ -213,20 +260,27 @@ class _Recorder(StoppingCriteria):
         self._writers = writers
         self._on_text = on_text or (lambda piece: None)
         self._abandoned = abandoned
-        self._logprobs: torch.Tensor  # (batch, vocabulary) of the step at hand
+        self._logprobs: dict[int, torch.Tensor] = {}  # (batch, vocabulary) by the tokens before, of the step at hand
+        self.drafted = self.accepted = 0
 
     def keep_logprobs(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """A logits processor that changes nothing."""
-        self._logprobs = scores.log_softmax(dim=-1)
+        """A logits processor that changes nothing. An assistant's scores are followed by the model's own."""
+        self._latest = input_ids.shape[1]
+        self._logprobs[self._latest] = scores.log_softmax(dim=-1)
         return scores
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
-        new_ids = input_ids[:, -1:]
-        logprobs = self._logprobs.gather(-1, new_ids)
-        steps = zip(self._writers, new_ids[:, 0].tolist(), logprobs[:, 0].tolist(), strict=True)
-        for writer, token_id, logprob in steps:
-            if not writer.done:  # a finished row gets padding
-                writer.add(token_id, logprob, self._on_text)
+        before, after = min(self._logprobs), input_ids.shape[1]
+        self.drafted += self._latest - before
+        self.accepted += after - before - 1
+        for place in range(before, after):
+            new_ids = input_ids[:, place : place + 1]
+            logprobs = self._logprobs[place].gather(-1, new_ids)
+            steps = zip(self._writers, new_ids[:, 0].tolist(), logprobs[:, 0].tolist(), strict=True)
+            for writer, token_id, logprob in steps:
+                if not writer.done:  # a finished row gets padding
+                    writer.add(token_id, logprob, self._on_text)
+        self._logprobs.clear()
         given_up = self._abandoned is not None and self._abandoned.is_set()
         done = [given_up or writer.done for writer in self._writers]
         return torch.tensor(done, dtype=torch.bool, device=input_ids.device)
@@ -356,11 +410,38 @@ def load_processor(name: str, revision: str | None) -> Any:
         raise ModelError(f"{name!r} needs one more package: {error}") from error
     except (OSError, ValueError) as error:
         raise ModelError(f"{name!r} cannot be loaded: {error}\nCheck the name, the files and the network.") from error
+    _check_processor(processor, name)
+    return processor
+
+
+def _check_processor(processor: Any, name: str) -> None:
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelError(f"{name!r} has no image processor or no tokenizer: add these files to it")
     if not processor.chat_template:
         raise ModelError(f"{name!r} has no chat template: add chat_template.jinja, or take the chat checkpoint")
-    return processor
+
+
+def _check_same_prompts(processor: Any, other: Any, name: str) -> None:
+    """That both make the same tokens and pixels of a prompt: an assistant gets those of the model."""
+    content = [{"type": "image", "image": Image.new("RGB", (96, 64))}, {"type": "text", "text": "I am thirsty: Café?"}]
+    options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    messages = [{"role": "user", "content": content}]
+    prompt, others = (p.apply_chat_template(messages, **options) for p in (processor, other))
+    same = prompt.keys() == others.keys() and all(torch.equal(prompt[key], others[key]) for key in prompt)
+    if not same or processor.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+        raise ModelError(
+            f"the assistant {name!r} reads a prompt as other tokens or pixels than the model: "
+            'give a smaller checkpoint of the same family, or "prompt"'
+        )
+
+
+def _load_placed(name: str, revision: str | None, options: dict[str, Any], device: torch.device) -> Any:
+    """The checkpoint on `device`, or where the option `device_map` says."""
+    with explained_when_short_of_memory(name, MEMORY_REMEDIES):
+        model = load_model(name, revision, options)
+        if "device_map" not in options:
+            model.to(device)
+    return model.eval()
 
 
 def load_model(

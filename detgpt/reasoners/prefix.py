@@ -122,8 +122,16 @@ def _can_resume(model: Any) -> bool:
         return False  # transformers before 5.24 names and slices its caches otherwise
     if model.config.model_type not in CAUSAL_FAMILIES:
         return False
-    # A family may hold any language model; one with a recurrent state or shared layers has layers of other kinds.
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in _recording_cache(model).layers)
+    return remembers_tokens_only(model.config)
+
+
+def remembers_tokens_only(config: Any) -> bool:
+    """Whether all that the language model remembers is keys and values of each token.
+
+    A family may hold any language model; one with a recurrent state or shared layers has layers of other kinds.
+    """
+    cache = DynamicCache(config=config.get_text_config(decoder=True))
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
 
 def _recording_cache(model: Any) -> Any:

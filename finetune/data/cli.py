@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from detgpt import terminal
 from detgpt.errors import InputError
+from detgpt.evaluation.command import KEY, load_writer
 
 app = typer.Typer(help="Convert, check and build training data.", no_args_is_help=True)
 
@@ -76,6 +78,58 @@ def check_command(
         raise typer.Exit(1)
 
 
+@app.command("build")
+def build_command(
+    annotations: Annotated[Path, typer.Argument(metavar="COCO.json", help="The annotation file.", show_default=False)],
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="The folder of its pictures.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.", show_default=False)],
+    reasoner: Annotated[
+        str, typer.Option(help="The writer: hub id, folder, or the model's name on --base-url.", show_default=False)
+    ],
+    base_url: Annotated[
+        str | None, typer.Option(help=f"An OpenAI-compatible server to ask; the key is taken from {KEY}.")
+    ] = None,
+    captions: Annotated[Path | None, typer.Option(help="COCO's captions of the pictures, for the writer.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many pictures, drawn by the seed; else all.")] = None,
+    wishes: Annotated[int, typer.Option(min=1, help="Wishes to ask for, a picture.")] = 3,
+    absent: Annotated[int, typer.Option(min=0, help="Wishes that nothing fulfils, a picture.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that go to the writer together.")] = 8,
+    price_in: Annotated[float | None, typer.Option(min=0, help="Price of a million tokens that are read.")] = None,
+    price_out: Annotated[float | None, typer.Option(min=0, help="Price of a million tokens that are written.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before the writer is.")] = False,
+    device: Annotated[str | None, typer.Option(help="Where to run, such as cpu or cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Number format of the reasoner's weights.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Make wishes with reasoned answers from a COCO-format annotation, with a reasoner as their writer.
+
+    detgpt-finetune data build instances_train2017.json train2017/ -o data/wishes --captions captions_train2017.json
+    --reasoner Qwen/Qwen3-VL-8B-Instruct --base-url http://localhost:8000/v1 --limit 5000
+
+    Says first what it will take. Started again after an interruption, it goes on where it was.
+    """
+    from detgpt.evaluation.building import Plan, build
+    from finetune.data.convert.coco_captions import read_captions
+    from finetune.data.cost import estimate
+
+    with terminal.reporting(debug):
+        plan = Plan(limit, wishes, absent, seed, explain=True, distinct=True)
+        if not images.is_dir():
+            raise InputError(f"there is no folder {images}: give the folder of the pictures")
+        said = read_captions(captions) if captions else {}
+        terminal.note(estimate(annotations, images, output, plan, said).in_words(price_in, price_out))
+        if not yes and not typer.confirm("Go on?", err=True):
+            raise typer.Exit(1)
+        writer = load_writer(reasoner, base_url, device, dtype, debug)
+        with terminal.progress(f"wishes by {reasoner}") as progress:
+            about = build(
+                writer, annotations, images, output, plan, captions=said, batch_size=batch_size, progress=progress
+            )
+        terminal.note(f"wrote {output}")
+        terminal.print_json(about["counts"])
+
+
 def _known_names(annotations: Path | None, classes: Path | None) -> set[str] | None:
     from detgpt.evaluation import fields
     from detgpt.evaluation.coco import read_annotations
@@ -93,8 +147,6 @@ def _known_names(annotations: Path | None, classes: Path | None) -> set[str] | N
 
 
 def _print_table(title: str, rows: list[list[str]]) -> None:
-    from rich.table import Table
-
     head, *body = rows
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
     for heading in head:

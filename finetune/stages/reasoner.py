@@ -17,7 +17,7 @@ from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig, SFTTrainer
 
 from detgpt.models import PAIRS, ModelPair
-from finetune import rundir
+from finetune import callbacks, rundir
 from finetune.arguments import arguments, checked
 from finetune.batching import collator, draw_by_length
 from finetune.loading import Checkpoint, load, stored_dtype
@@ -39,8 +39,8 @@ class ReasonerConfig(Checkpoint, StageConfig):
 
     train, validation: folders of records (`finetune.data.records`). detector: the other half of the pair that the
     result makes: a hub id, a folder, or a named pair ("picto"). max_length: tokens of an example, the rest is cut off.
-    packing: several examples in a row of a batch. by_length: batches of examples of like length. trainer: TRL's
-    SFTConfig.
+    packing: several examples in a row of a batch. by_length: batches of examples of like length. lisa: train a few
+    layers at a time. detection: what every evaluation detects with. trainer: TRL's SFTConfig.
     """
 
     train: Paths
@@ -50,6 +50,8 @@ class ReasonerConfig(Checkpoint, StageConfig):
     packing: bool = False
     by_length: bool = False
     lora: Lora = Lora()
+    lisa: callbacks.LisaSettings | None = None
+    detection: callbacks.DetectionSettings | None = None
     trainer: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("trainer")
@@ -94,8 +96,8 @@ def train(
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
             callback.logging_dir = str(folder / rundir.TENSORBOARD)
-    checkpoint = rundir.last_checkpoint(folder)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    callbacks.attach(trainer, lisa=config.lisa, detection=config.detection)
+    callbacks.train(trainer)
     _keep(config, trainer, processor)
     if trainer.is_world_process_zero():
         rundir.finish(folder, _metrics(trainer))
