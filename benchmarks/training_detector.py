@@ -74,10 +74,9 @@ def train(way: dict[str, Any], sets: dict[str, str], output: Path, steps: int, e
     curves = EventAccumulator(str(output / TENSORBOARD))
     curves.Reload()
     ap, ap50 = curves.Scalars("eval/ap"), curves.Scalars("eval/ap50")
-    rows = {b.step: (b.wall_time - ap50[0].wall_time, a.value, b.value) for a, b in zip(ap, ap50, strict=True)}
     return [
-        {"step": step, "seconds": round(seconds, 1), "ap": round(one, 4), "ap50": round(half, 4)}
-        for step, (seconds, one, half) in sorted(rows.items())
+        {"step": b.step, "seconds": round(b.wall_time - ap50[0].wall_time, 1), "ap": a.value, "ap50": b.value}
+        for a, b in zip(ap[:-1], ap50[:-1], strict=True)  # the last is of the best checkpoint once more
     ]
 
 
