@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from finetune.picto import sprites
 from finetune.picto.knowledge import load_knowledge
-from finetune.picto.scenebank import scene_for
+from finetune.picto.world import scene_for
 from finetune.recipe import RECIPES, read_yaml
 from finetune.rundir import TENSORBOARD
 from finetune.stages import detector
@@ -74,10 +74,9 @@ def train(way: dict[str, Any], sets: dict[str, str], output: Path, steps: int, e
     curves = EventAccumulator(str(output / TENSORBOARD))
     curves.Reload()
     ap, ap50 = curves.Scalars("eval/ap"), curves.Scalars("eval/ap50")
-    rows = {b.step: (b.wall_time - ap50[0].wall_time, a.value, b.value) for a, b in zip(ap, ap50, strict=True)}
     return [
-        {"step": step, "seconds": round(seconds, 1), "ap": round(one, 4), "ap50": round(half, 4)}
-        for step, (seconds, one, half) in sorted(rows.items())
+        {"step": b.step, "seconds": round(b.wall_time - ap50[0].wall_time, 1), "ap": a.value, "ap50": b.value}
+        for a, b in zip(ap[:-1], ap50[:-1], strict=True)  # the last is of the best checkpoint once more
     ]
 
 

@@ -182,6 +182,15 @@ def test_boxes_go_where_their_things_go(seed):
     np.testing.assert_allclose(boxes[0], white, atol=1.5)
 
 
+def test_a_picture_that_is_not_to_be_varied_stays_as_it_is():
+    noise = np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)
+    seen, boxes, _ = vary(
+        Image.fromarray(noise), np.array([[5.0, 5, 20, 20]]), Augmentation(flip=0, scale=(1, 1), colour=0), (0, 0, 0), 0
+    )
+    np.testing.assert_array_equal(seen.permute(1, 2, 0), noise)
+    assert boxes.tolist() == [[5, 5, 20, 20]]
+
+
 def test_validation_asks_every_picture_for_every_name_in_prompts_that_fit(tmp_path):
     names = [f"{'abcdefgh'[i // 8]} {'abcdefgh'[i % 8]} thing" for i in range(64)]
     examples = coco(tmp_path, [{"image_id": 0, "category_id": 63}], names)
