@@ -130,7 +130,7 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> Path:
     return folder
 
 
-def write_pair(folder: Path, *, reasoner: str, detector: str) -> None:
+def write_pair(folder: Path, *, reasoner: str = "reasoner", detector: str = "detector") -> None:
     """Write `detgpt.json`, so that `DetGPT.from_pretrained(folder)` works.
 
     reasoner, detector: a name in `folder`, a folder elsewhere, a hub id, or a named pair or a folder of one, whose part

@@ -1,7 +1,7 @@
 """LISA: train a few random layers at a time, with the memory of a few (Pan et al. 2024, arXiv:2403.17919).
 
-    lisa: {layers: 2, every: 20}                        # in a recipe
-    lisa: {layers: 2, every: 20, train_ends: false}     # without the embeddings and the head
+    language: lisa                                      # in a recipe
+    lisa: {layers: 2, every: 20, train_ends: false}     # if wanted: train_ends are the embeddings and the head
 
 Every 20 steps other middle layers of the language model are drawn; the rest have no gradient and no optimiser state.
 The embeddings and the head train all the time: they are most of what trains in a small model, and a setting freezes
@@ -25,8 +25,8 @@ from finetune.recipe import Settings
 class LisaSettings(Settings):
     """layers: how many train at a time. every: steps until others do. train_ends: embeddings and head train too."""
 
-    layers: int = Field(2, ge=1)
-    every: int = Field(20, ge=1)
+    layers: int = Field(default=2, ge=1)
+    every: int = Field(default=20, ge=1)
     train_ends: bool = True
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from datasets import Dataset
-from pydantic import Field
 from trl import pack_dataset
 
 from detgpt.errors import InputError
@@ -26,7 +25,6 @@ class Config(ReasonerConfig):
 
     stage: Literal["pretrain"] = "pretrain"
     language: Tune | Literal["lisa"] = "full"
-    max_length: int | None = Field(default=None, ge=2)
 
 
 def run(config: Config) -> None:

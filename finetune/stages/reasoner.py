@@ -21,6 +21,7 @@ from detgpt.models import PAIRS, ModelPair
 from finetune import callbacks, rundir
 from finetune.arguments import arguments, checked
 from finetune.batching import collator, draw_by_length
+from finetune.callbacks import DetectionSettings, LisaSettings
 from finetune.loading import Checkpoint, load, stored_dtype
 from finetune.recipe import StageConfig
 from finetune.tuning import Group, Lora, Tune, tuned
@@ -50,8 +51,8 @@ class ReasonerConfig(Checkpoint, StageConfig):
     detector: str = Field(default_factory=_photo_detector)
     max_length: int | None = Field(default=None, ge=2)
     lora: Lora = Lora()
-    lisa: callbacks.LisaSettings = Field(default_factory=callbacks.LisaSettings)
-    detection: callbacks.DetectionSettings | None = None
+    lisa: LisaSettings = LisaSettings()
+    detection: DetectionSettings | None = None
     trainer: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("trainer")
@@ -65,7 +66,7 @@ def train(
     how: Mapping[Group, Tune],
     prepare: Prepare,
     *,
-    lisa: callbacks.LisaSettings | None = None,
+    lisa: LisaSettings | None = None,
     quantized: tuple[Group, ...] = (),
     packing: bool = False,
     by_length: bool = False,
