@@ -27,6 +27,7 @@ from transformers import (
     AutoProcessor,
     BitsAndBytesConfig,
     GenerationConfig,
+    LogitsProcessor,
     StoppingCriteria,
 )
 
@@ -145,14 +146,15 @@ class HuggingFaceReasoner:
             thinks = [self._opens_thought(ids) for ids in inputs["input_ids"]]
             tokenizer, end_ids = self._processor.tokenizer, self._end_ids
             writers = [_Writer(tokenizer, end_ids, inside_thought) for inside_thought in thinks]
-            recorder = _Recorder(writers, on_text, abandoned)
+            logprobs = _Logprobs()
+            recorder = _Recorder(writers, logprobs, on_text, abandoned)
             if first := self._prefixes.rows_to_run_first(images):
                 self._run([images[row] for row in first], self._encode([requests[row] for row in first]), 1)
             self._run(
                 images,
                 inputs,
                 max_new_tokens,
-                logits_processor=[recorder.keep_logprobs],
+                logits_processor=[logprobs],
                 stopping_criteria=[recorder],
             )
             return recorder.answers()
@@ -216,28 +218,42 @@ class HuggingFaceReasoner:
         self._control_tokens = sorted(special, key=lambda token: (-len(token), token))
 
 
-class _Recorder(StoppingCriteria):
-    """Follows `generate` step by step: hands each new token to its row's writer and says which rows are done.
+class _Logprobs(LogitsProcessor):
+    """Changes no score and remembers those of the step at hand: no (steps, batch, vocabulary) tensor is kept.
 
-    Reading the probabilities here, a step at a time, keeps no (steps, batch, vocabulary) tensor in memory.
+    A class, because at every step transformers looks the signature of `__call__` up, which takes half a millisecond
+    for a method in its place.
     """
 
+    scores: torch.Tensor  # (batch, vocabulary)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        self.scores = scores
+        return scores
+
+    def of(self, new_ids: torch.Tensor) -> torch.Tensor:
+        """Natural log-probabilities of `new_ids` (batch, 1)."""
+        return self.scores.gather(-1, new_ids) - self.scores.logsumexp(-1, keepdim=True)
+
+
+class _Recorder(StoppingCriteria):
+    """Follows `generate` step by step: hands each new token to its row's writer and says which rows are done."""
+
     def __init__(
-        self, writers: list[_Writer], on_text: Callable[[str], None] | None, abandoned: threading.Event | None
+        self,
+        writers: list[_Writer],
+        logprobs: _Logprobs,
+        on_text: Callable[[str], None] | None,
+        abandoned: threading.Event | None,
     ) -> None:
         self._writers = writers
+        self._logprobs = logprobs
         self._on_text = on_text or (lambda piece: None)
         self._abandoned = abandoned
-        self._logprobs: torch.Tensor  # (batch, vocabulary) of the step at hand
-
-    def keep_logprobs(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """A logits processor that changes nothing."""
-        self._logprobs = scores.log_softmax(dim=-1)
-        return scores
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
         new_ids = input_ids[:, -1:]
-        logprobs = self._logprobs.gather(-1, new_ids)
+        logprobs = self._logprobs.of(new_ids)
         steps = zip(self._writers, new_ids[:, 0].tolist(), logprobs[:, 0].tolist(), strict=True)
         for writer, token_id, logprob in steps:
             if not writer.done:  # a finished row gets padding
