@@ -29,7 +29,7 @@ from detgpt.models import (
 )
 from detgpt.reasoners import RawAnswer, Request, Turn
 from detgpt.results import Detections, Target
-from detgpt.tiles import MAX_TILES, Tiled
+from detgpt.tiles import MAX_TILES, in_tiles
 
 if TYPE_CHECKING:
     import numpy as np
@@ -228,8 +228,7 @@ class DetGPT:
         raws: Sequence[RawAnswer],
         options: Options,
     ) -> list[Detections]:
-        detector = self.detector if options.tiles == 1 else Tiled(self.detector, options.tiles)
-        groundings = detector.detect(
+        groundings = in_tiles(self.detector, options.tiles).detect(
             images,
             [answer.names for answer in answers],
             box_threshold=options.box_threshold,
