@@ -36,7 +36,7 @@ from detgpt.device import choose_device
 from detgpt.errors import InputError, MissingExtraError, ModelError
 from detgpt.images import image_key
 from detgpt.memory import explained_when_short_of_memory
-from detgpt.reasoners import RawAnswer, Request, TokenSpan
+from detgpt.reasoners import RawAnswer, Request, TokenSpan, check_prompt
 from detgpt.reasoners.prefix import KeptPrefixes
 
 ACCELERATE_PLACES = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -56,8 +56,8 @@ class HuggingFaceReasoner:
     again (`detgpt.reasoners.prefix`); 0 keeps none. Remote code is never run and weights are read from
     safetensors only. Several threads may share one reasoner: they take turns on the model.
 
-    A checkpoint whose config says `detgpt_prompt: "bare"` was trained on instructions as the user writes them
-    and gets them so; every other one is told the three steps and the answer's form.
+    prompt: "full" tells the model the three steps and the answer's form; "bare" sends the instruction as the user
+    wrote it, for a model that was trained so. None: bare where the checkpoint's config says `detgpt_prompt: "bare"`.
 
     Raises `ModelError` when the checkpoint is missing or of the wrong kind, or memory is short (when loading or
     later), `MissingExtraError` without bitsandbytes, `InputError` for a wrong argument or a missing device.
@@ -74,9 +74,11 @@ class HuggingFaceReasoner:
         attn_implementation: str | None = None,
         revision: str | None = None,
         kept_images: int = 4,
+        prompt: str | None = None,
     ) -> None:
         if kept_images < 0:
             raise InputError(f"kept_images must be 0 or more, not {kept_images}")
+        check_prompt(prompt)
         self.name = os.fspath(model_id_or_folder)
         device = choose_device(device)
         options: dict[str, Any] = {
@@ -97,6 +99,7 @@ class HuggingFaceReasoner:
                 self._model.to(device)
         self._model.eval()
         self.family: str = self._model.config.model_type
+        self._prompt = prompt or getattr(self._model.config, "detgpt_prompt", "full")
         self._plain_greedy_decoding()
         self._prefixes = KeptPrefixes(self._model, kept_images)
         self._lock = threading.Lock()
@@ -185,7 +188,7 @@ class HuggingFaceReasoner:
         """Chat messages; the image stands in the first."""
         texts = [text for turn in request.history for text in (turn.instruction, turn.answer)]
         texts.append(request.instruction)
-        if getattr(self._model.config, "detgpt_prompt", "full") != "bare" and not request.verbatim:
+        if self._prompt != "bare" and not request.verbatim:
             texts[0] = format_instruction(texts[0])
         messages: list[dict[str, Any]] = [
             {"role": role, "content": [self._text(text)]}
