@@ -29,9 +29,9 @@ screenshots: $(READY)
 ros2:
 	bash tests/ros2_environment.sh
 
-# Train the built-in model anew, from pictograms to weights/picto: about four hours on two cores.
+# Train the built-in model anew, from pictograms to weights/picto: about five hours on two cores.
 picto: $(READY)
-	$(BIN)/python -m finetune.picto.make
+	$(BIN)/detgpt-finetune run picto
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from finetune.picto import sprites
 from finetune.picto.knowledge import load_knowledge
-from finetune.picto.scenebank import scene_for
+from finetune.picto.world import scene_for
 from finetune.recipe import RECIPES, read_yaml
 from finetune.rundir import TENSORBOARD
 from finetune.stages import detector

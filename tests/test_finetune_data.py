@@ -89,6 +89,7 @@ def test_several_places_are_read_one_after_the_other(tmp_path: Path):
         ({"image": "a.png", "instruction": "I am thirsty"}, "'targets' must be a list"),
         ({**WISH, "instruction": " "}, "'instruction' must be a text"),
         ({**WISH, "labels": []}, "1 boxes but 0 labels"),
+        ({**WISH, "boxes": [], "labels": []}, "every target needs a box"),
         ({**WISH, "boxes": [[30, 10, 10, 30]]}, "x0 < x1"),
         ({**WISH, "targets": ["nothing"], "labels": ["nothing"], "present": ["nothing"]}, "cannot be a target name"),
         ({"boxes": [CUP], "labels": ["cup"]}, "'image' must be a text"),

@@ -74,6 +74,7 @@ def test_a_record_is_there_twice_whatever_its_answer_and_its_files_name(tmp_path
     write(tmp_path, WISH, {**WISH, "image": "copy.png", "instruction": "i am  thirsty", "reasoning": "A cup."})
     Image.open(tmp_path / "a.png").save(tmp_path / "copy.png", compress_level=0)
     assert list(problems(tmp_path)) == ["a record that is there twice"]
+    assert len(check([tmp_path]).parts[0].pictures) == 1
     caption = {"image": "a.png", "messages": TALK}
     another = {"image": "a.png", "messages": [TALK[0], {"role": "assistant", "content": "Hey."}]}
     assert problems(write(tmp_path, caption, another)) == {}, "a picture may have several captions"

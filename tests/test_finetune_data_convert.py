@@ -324,6 +324,14 @@ WRONG = {
 }
 
 
+def test_a_picture_of_several_records_is_copied_once(place: Path):
+    captions = [{"image_id": 1, "id": number, "caption": f"Caption {number}."} for number in range(3)]
+    document = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": captions}
+    records, _ = converted(place, write(place / "captions.json", document), "coco_captions", copy=True)
+    assert len(records) == 3
+    assert [file.name for file in (place / "out-coco_captions/images").iterdir()] == ["a.png"]
+
+
 @pytest.mark.parametrize("wrong", WRONG)
 def test_an_error_leaves_nothing_behind(place: Path, wrong: str):
     source, options = place / "annotations.json", {"format": "coco"}

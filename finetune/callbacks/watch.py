@@ -24,7 +24,9 @@ from finetune.rundir import is_whole, latest
 
 
 def train(trainer: Any) -> Any:
-    """Train to the end, from where an earlier run in this folder left off; returns what `trainer.train` does.
+    """Train to the end, from where an earlier run in this folder left off.
+
+    Returns what `trainer.train` does, or None where the last checkpoint is that of the last step.
 
     Raises `InputError` for a split without examples, `StoppedError` after SIGTERM, `TrainingError` for what else ends
     a run: all of them leave the last whole checkpoint as it was.
@@ -38,6 +40,10 @@ def train(trainer: Any) -> Any:
         output = trainer.train(resume_from_checkpoint=str(last) if last else None)
     except BaseException as error:
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # closes bars and writers
+        if isinstance(error, _Finished):
+            if trainer.args.load_best_model_at_end:
+                trainer._load_best_model()
+            return None
         if not _is_writing(error):
             raise
         raise TrainingError(
@@ -62,16 +68,22 @@ def _without_halves(checkpoints: Path) -> Path | None:
     return latest(checkpoints)
 
 
+class _Finished(Exception):
+    """The trainer would do one more step before it sees that all are done."""
+
+
 class Watch(TrainerCallback):
     """Stops a run whose numbers are none, and one that gets SIGTERM. All processes stop at the same step."""
 
     def __init__(self, trainer: Any) -> None:
         self.told_to_stop = False
-        self._before: Any = signal.SIG_DFL
+        self._before: Any = signal.getsignal(signal.SIGTERM)
         self._folder = Path(trainer.args.output_dir)
         trainer.args.logging_nan_inf_filter = False  # it puts the average in the place of NaN
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise _Finished
         self._before = signal.signal(signal.SIGTERM, self._stop)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -113,5 +125,5 @@ def _kept(checkpoint: Path | None) -> str:
 
 def _is_writing(error: BaseException) -> bool:
     """Whether the system did not take what was written: torch and safetensors have their own errors for that."""
-    words = ("No space left", "File too large", "Disk quota", "PytorchStreamWriter", "file write failed", "iostream")
+    words = ("No space left", "File too large", "Disk quota", "PytorchStreamWriter", "inline_container", "iostream")
     return any(word in str(error) for word in words)

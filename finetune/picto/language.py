@@ -161,11 +161,11 @@ class Wishes:
 
 
 KINDS = {
-    "need": 0.52,
-    "attribute": 0.16,
-    "category": 0.08,
-    "direct": 0.14,
-    "exclusion": 0.05,
+    "need": 0.40,
+    "attribute": 0.15,
+    "category": 0.13,
+    "direct": 0.12,
+    "exclusion": 0.15,  # more than people ask: what is left out must not be what is named
     "everything": 0.05,
 }  # shares
 

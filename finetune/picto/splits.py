@@ -23,8 +23,8 @@ import typer
 from finetune.picto import sprites
 from finetune.picto.knowledge import load_knowledge
 from finetune.picto.language import Wish, Wishes, WishSampler, as_typed
-from finetune.picto.scenebank import scene_for
 from finetune.picto.scenes import Scene
+from finetune.picto.world import scene_for
 
 FOLDER = Path(__file__).parent / "splits"
 WISHES_PER_SCENE = 3

@@ -1,0 +1,51 @@
+"""The built-in model is made by a recipe, from pictograms to a pair that loads; here in two steps of each training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import detgpt
+from finetune.recipe import run_recipe
+
+TRAININGS = ("cuts", "backbone", "detector", "tower", "captions", "conversations")
+SMALL = [
+    *("world.scenes=16", "world.workers=1", "world-validation.scenes=6", "world-validation.workers=1"),
+    *(f"{step}.trainer.{key}" for step in TRAININGS for key in ("max_steps=2", "per_device_train_batch_size=4")),
+    *("detector.trainer.eval_steps=2", "detector.trainer.save_steps=2", "export.output=picto"),
+]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("picto")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_recipe("picto", SMALL)
+    return folder
+
+
+def test_the_recipe_makes_a_model_that_answers(built):
+    model = detgpt.DetGPT.from_pretrained(built / "picto")
+    result = model.detect(built / "build/world/images/000000.webp", "I am thirsty")
+    assert result.answer
+    assert [*model.detect(built / "build/world/images/000000.webp", names=["cup"]).targets]
+
+
+def test_the_shipped_weights_have_the_shape_that_the_recipe_makes(built):
+    from safetensors import safe_open
+
+    for part in ("reasoner", "detector"):
+        shapes = []
+        for folder in (built / "picto", detgpt.models.PAIRS["picto"]):
+            with safe_open(folder / part / "model.safetensors", "pt") as weights:
+                shapes.append({name: weights.get_slice(name).get_shape() for name in weights.keys()})  # noqa: SIM118
+        assert shapes[0].keys() == shapes[1].keys()
+        embedding = {name for name in shapes[0] if name.endswith("embed_tokens.weight")}  # as many as the words read
+        assert all(shapes[0][name] == shapes[1][name] for name in shapes[0].keys() - embedding)
+
+
+def test_steps_that_are_done_are_not_done_again(built, monkeypatch):
+    monkeypatch.chdir(built)
+    monkeypatch.setattr(torch.Tensor, "backward", None)  # nothing may be trained
+    run_recipe("picto", SMALL)
