@@ -1,14 +1,18 @@
 """What each way to a faster Grounding DINO on a CPU gives, part by part, on the same tensors.
 
     python -m benchmarks.detector_candidates
+    python -m benchmarks.detector_candidates --only "image encoder" --only "whole model" --compiled --onnx
 
-The candidates of a part take turns. Prints a table in Markdown; `docs/performance.md` says what was chosen.
+The candidates of a part take turns. Prints a table in Markdown; `docs/performance.md` says what was chosen. `--onnx`
+needs `pip install onnxruntime onnxscript`. ONNX Runtime gets the image encoder only: torch exports no whole Grounding
+DINO of transformers (no rule for `cummax` and `_is_all_true`).
 """
 
 from __future__ import annotations
 
 import copy
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -66,7 +70,7 @@ def fusion(model: Any, tokens: int) -> Candidates:
     return {"image projected (transformers)": lambda: theirs(*inputs), "text projected": lambda: ours(*inputs)}
 
 
-def backbone(model: Any, lean: Any, fast: Any, pixels: torch.Tensor, compiled: bool) -> Candidates:
+def backbone(model: Any, lean: Any, fast: Any, pixels: torch.Tensor, compiled: bool, onnx: bool) -> Candidates:
     """The Swin-T image encoder."""
     plain = model.model.backbone.conv_encoder.model
     candidates: Candidates = {
@@ -77,7 +81,24 @@ def backbone(model: Any, lean: Any, fast: Any, pixels: torch.Tensor, compiled: b
     if compiled:
         program = torch.compile(plain)
         candidates["torch.compile"] = lambda: program(pixels)
+    if onnx:
+        session = onnx_session(lambda images: tuple(plain(images).feature_maps), pixels)
+        candidates["ONNX Runtime"] = lambda: session.run(None, {"images": pixels.numpy()})
     return candidates
+
+
+def onnx_session(function: Callable[[torch.Tensor], Any], images: torch.Tensor) -> Any:
+    """`function` of one tensor in ONNX Runtime, which reads it under the name "images"."""
+    import onnxruntime
+
+    class Exported(nn.Module):
+        def forward(self, images: torch.Tensor) -> Any:
+            return function(images)
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/model.onnx"
+        torch.onnx.export(Exported().eval(), (images,), file, dynamo=True, input_names=["images"])
+        return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
 
 def whole(model: Any, lean: Any, fast: Any, pixels: torch.Tensor, compiled: bool) -> Candidates:
@@ -114,6 +135,8 @@ def main(
     short_side: Annotated[int, typer.Option(help="Pixels of the picture's shorter side.")] = 800,
     repeats: Annotated[int, typer.Option(help="Rounds after the first.")] = 3,
     compiled: Annotated[bool, typer.Option(help="Include torch.compile, which compiles for minutes.")] = False,
+    onnx: Annotated[bool, typer.Option(help="Include ONNX Runtime.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="These parts, as the table calls them; else all.")] = None,
 ) -> None:
     """Measure and print."""
     model, lean, fast = random_model(), random_model(), random_model()
@@ -123,11 +146,15 @@ def main(
     shapes = [(-(-short_side // step), -(-(short_side * 4 // 3) // step)) for step in (8, 16, 32, 64)]
     tokens = sum(height * width for height, width in shapes)
     print("| part | candidate | first call, s | median, s | times faster |\n|---|---|---|---|---|")
-    table("feed-forward", feed_forward(tokens), repeats)
-    table("deformable attention", deformable(model, lean, shapes), repeats)
-    table("fusion", fusion(model, tokens), repeats)
-    table("image encoder", backbone(model, lean, fast, pixels, compiled), repeats)
-    table("whole model", whole(model, lean, fast, pixels, compiled), repeats)
+    parts: dict[str, Callable[[], Candidates]] = {
+        "feed-forward": lambda: feed_forward(tokens),
+        "deformable attention": lambda: deformable(model, lean, shapes),
+        "fusion": lambda: fusion(model, tokens),
+        "image encoder": lambda: backbone(model, lean, fast, pixels, compiled, onnx),
+        "whole model": lambda: whole(model, lean, fast, pixels, compiled),
+    }
+    for name in only or parts:
+        table(name, parts[name](), repeats)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
     python -m benchmarks.pipeline            # --quick: under a minute; --size large: a 4B language model, for a GPU
 
-Writes `benchmarks/results/pipeline.json` and `pipeline.md` (--quick only prints). Two pairs are measured: the
-built-in model, and a LLaVA with a full-size image tower whose weights are random; its answer is dictated, so that
-it has a usual length, and everything else is computed as it would be. The plain script calls the same model objects
-through transformers' own functions: chat template, `generate`, the detector's processor, one joint prompt, its
-post-processing. "Full length" is that script without an end: `--full-length` tokens, whatever the model says.
+Writes `benchmarks/results/pipeline.json` and `pipeline.md` (--quick only prints). Two pairs are measured, one of them
+with `--only`, which leaves the other's numbers as they were: the built-in model, and a LLaVA with a full-size image
+tower whose weights are random; its answer is dictated, so that it has a usual length, and everything else is computed
+as it would be. The ways of use take turns, so that what else slows the machine for a while slows them all. The plain
+script calls the same model objects through transformers' own functions: chat template, `generate`, the detector's
+processor, one joint prompt, its post-processing. "Full length" is that script without an end: `--full-length` tokens,
+whatever the model says.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -114,6 +117,9 @@ def now() -> float:
     return time.perf_counter()
 
 
+SECONDS = ("seconds", "reasoner_seconds", "detector_seconds", "rest_seconds")  # in all, within each model, outside both
+
+
 class Subject:
     """A pair of models, and the ways to use it that are compared."""
 
@@ -156,24 +162,19 @@ class Subject:
     def full(self, image: Image.Image, wish: str) -> str:
         return self.script(image, wish, min_new_tokens=self.full_length, max_new_tokens=self.full_length)
 
-    def measure(self, work: Callable[[], Any], repeats: int) -> dict[str, float]:
-        """Median seconds of `work`, and of them within each model and outside both."""
-        runs = []
-        for _ in range(repeats):
-            self.forget()
-            before = [clock.seconds for clock in self.clocks]
-            start = now()
-            work()
-            total = now() - start
-            reasoner, detector = (clock.seconds - b for clock, b in zip(self.clocks, before, strict=True))
-            runs.append((total, reasoner, detector, total - reasoner - detector))
-        middle = sorted(runs)[len(runs) // 2]
-        names = ("seconds", "reasoner_seconds", "detector_seconds", "rest_seconds")
-        return dict(zip(names, middle, strict=True))
+    def measure(self, work: Callable[[], Any]) -> tuple[float, ...]:
+        """The `SECONDS` of `work`."""
+        self.forget()
+        before = [clock.seconds for clock in self.clocks]
+        start = now()
+        work()
+        total = now() - start
+        reasoner, detector = (clock.seconds - b for clock, b in zip(self.clocks, before, strict=True))
+        return total, reasoner, detector, total - reasoner - detector
 
 
 def measure(subject: Subject, images: list[Image.Image], repeats: int) -> dict[str, dict[str, float]]:
-    """Every way of use, by its name."""
+    """The median run of every way of use, by its name."""
     model, (picture, *_) = subject.model, images
     eight = [(image, WISHES[i % len(WISHES)]) for i, image in enumerate(images)]
     five = [(picture, wish) for wish in WISHES]
@@ -203,7 +204,9 @@ def measure(subject: Subject, images: list[Image.Image], repeats: int) -> dict[s
     if said != subject.script(*eight[0]).strip():
         raise RuntimeError("the plain script's answer is another: these times would not compare")
     subject.full(*eight[0])
-    return {name: subject.measure(work, repeats) for name, work in ways.items()}
+    rounds = [{name: subject.measure(work) for name, work in ways.items()} for _ in range(repeats)]
+    runs = {name: sorted(ran[name] for ran in rounds) for name in ways}
+    return {name: dict(zip(SECONDS, ran[len(ran) // 2], strict=True)) for name, ran in runs.items()}
 
 
 RATIOS = [  # what is divided by what, and the goal
@@ -233,54 +236,78 @@ RATIOS = [  # what is divided by what, and the goal
 ]
 
 
-def tables(measured: dict[str, dict[str, dict[str, float]]]) -> str:
+def tables(measured: dict[str, Any]) -> str:
     """The ratios, and how the time divides within each model; the seconds themselves are in the JSON file."""
-    head = "| | goal |" + "".join(f" {pair} |" for pair in measured)
-    lines = [head, "|---|---|" + "---|" * len(measured)]
+    every = {pair: found["ways"] for pair, found in measured.items()}
+    head = "| | goal |" + "".join(f" {pair} |" for pair in every)
+    lines = [head, "|---|---|" + "---|" * len(every)]
     for name, above, below, goal in RATIOS:
-        cells = [f"{ways[above]['seconds'] / ways[below]['seconds']:.2f}" for ways in measured.values()]
+        cells = [f"{ways[above]['seconds'] / ways[below]['seconds']:.2f}" for ways in every.values()]
         lines.append(f"| {name} | {goal} | " + " | ".join(cells) + " |")
     for way, goal in (("one: detect", "≤ 5%"), ("one: plain script", "")):
-        cells = [f"{ways[way]['rest_seconds'] / ways[way]['seconds']:.1%}" for ways in measured.values()]
+        cells = [f"{ways[way]['rest_seconds'] / ways[way]['seconds']:.1%}" for ways in every.values()]
         lines.append(f"| outside the models' forward passes, {way} | {goal} | " + " | ".join(cells) + " |")
-    for pair, ways in measured.items():
-        lines += ["", f"{pair}:", "", "| | times `detect` | reasoner | detector | rest |", "|---|---|---|---|---|"]
-        for name, way in ways.items():
+    for pair, found in measured.items():
+        setting = "{machine}, {threads} threads, {repeats} runs, {full_length} tokens at full length".format(**found)
+        lines += ["", f"{pair} ({setting}):", "", "| | times `detect` | reasoner | detector | rest |"]
+        lines.append("|---|---|---|---|---|")
+        for name, way in found["ways"].items():
             shares = [f"{way[f'{part}_seconds'] / way['seconds']:.0%}" for part in ("reasoner", "detector", "rest")]
-            times = way["seconds"] / ways["one: detect"]["seconds"]
+            times = way["seconds"] / found["ways"]["one: detect"]["seconds"]
             lines.append(f"| {name} | {times:.2f} | " + " | ".join(shares) + " |")
     return "\n".join(lines)
+
+
+class Pair(str, Enum):
+    built_in = "built-in"
+    llava = "llava"
 
 
 def main(
     repeats: Annotated[int, typer.Option(help="Runs of every way; the median counts.")] = 3,
     size: Annotated[str, typer.Option(help=f"Of the random reasoner: {', '.join(SIZES)}.")] = "medium",
     full_length: Annotated[int, typer.Option(help="Tokens of an answer that nobody stops.")] = 128,
+    only: Annotated[Pair | None, typer.Option(help="Measure this pair; else both.")] = None,
     quick: Annotated[bool, typer.Option(help="The small reasoner, one run, nothing written.")] = False,
 ) -> None:
     """Measure and write the tables."""
     if quick:
         repeats, size, full_length = 1, "small", 64
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    files = [ROOT / "examples" / f"{scene}.png" for scene in ("kitchen", "desk", "park", "workshop")]
-    pictures = [Image.open(file).convert("RGB") for file in files]
-    images = [*pictures, *(ImageOps.mirror(picture) for picture in pictures)]
+    setting = {
+        "machine": torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores",
+        "threads": torch.get_num_threads(),
+        "repeats": repeats,
+        "full_length": full_length,
+    }
     built_in = detgpt.DetGPT.from_pretrained("picto", device=device)
-    measured = {"built-in": measure(Subject(built_in, full_length), images, repeats)}
-    with tempfile.TemporaryDirectory() as folder:
-        save_random_llava(Path(folder), size, device)
-        model = detgpt.DetGPT(folder, built_in.detector, device=device)
-        dictate(model.reasoner._model, model.reasoner._processor.tokenizer)  # type: ignore[attr-defined]
-        measured[f"LLaVA, {size}"] = measure(Subject(model, full_length), images, repeats)
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
-    command = f"python -m benchmarks.pipeline --repeats {repeats} --size {size} --full-length {full_length}"
-    setting = {"machine": machine, "threads": torch.get_num_threads(), "command": command}
-    table = f"`{command}` on {machine}, {setting['threads']} threads:\n\n{tables(measured)}\n"
-    if not quick:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "pipeline.json").write_text(json.dumps({**setting, "measured": measured}, indent=2) + "\n")
-        (RESULTS / "pipeline.md").write_text(table)
-    print(table)
+    measured: dict[str, Any] = {}
+    if only in (None, Pair.built_in):
+        ways = measure(Subject(built_in, full_length), pictures(), repeats)
+        measured["built-in"] = {**setting, "ways": ways}
+    if only in (None, Pair.llava):
+        with tempfile.TemporaryDirectory() as folder:
+            save_random_llava(Path(folder), size, device)
+            model = detgpt.DetGPT(folder, built_in.detector, device=device)
+            dictate(model.reasoner._model, model.reasoner._processor.tokenizer)  # type: ignore[attr-defined]
+            ways = measure(Subject(model, full_length), pictures(), repeats)
+            measured[f"LLaVA, {size}"] = {**setting, "ways": ways}
+    if quick:
+        print(tables(measured))
+        return
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / "pipeline.json"
+    measured = {**json.loads(file.read_text()), **measured} if only and file.exists() else measured
+    file.write_text(json.dumps(measured, indent=2) + "\n")
+    (RESULTS / "pipeline.md").write_text(tables(measured) + "\n")
+    print(tables(measured))
+
+
+def pictures() -> list[Image.Image]:
+    """Eight of one size."""
+    files = [ROOT / "examples" / f"{scene}.png" for scene in ("kitchen", "desk", "park", "workshop")]
+    scenes = [Image.open(file).convert("RGB") for file in files]
+    return [*scenes, *(ImageOps.mirror(scene) for scene in scenes)]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import typer
 
 from detgpt import terminal
 from detgpt.described import described
-from detgpt.models import OWN_BOXES, SEGMENTER, ModelPair, resolve
+from detgpt.models import LOADING, OWN_BOXES, SEGMENTER, ModelPair, resolve
 from detgpt.pipeline import DetGPT, Options
 from detgpt.reasoners.scripted import ScriptedReasoner
 
@@ -30,7 +30,12 @@ class Choice:
         name there.
     reasoner_key: key for that server; without it OPENAI_API_KEY is sent, but only to the server of OPENAI_BASE_URL.
     device: where to run, such as cpu, cuda or cuda:1; a GPU where there is one unless given.
-    dtype: number format of the reasoner's weights, such as float32 or bfloat16.
+    dtype: number format of the weights, such as float32 or bfloat16; on a CPU those of the reasoner only.
+    precision: exact, or fast, which lets a Grounding DINO on a CPU use bfloat16 where that gains.
+    prompt: full tells the reasoner the three steps and the answer's form; bare sends the wish as it is, for a model
+        trained so.
+    coordinates: what the numbers of a reasoner's own boxes mean: thousandths, resized or original; by its family
+        unless given.
     debug: show tracebacks, and the libraries' own messages.
     """
 
@@ -42,23 +47,26 @@ class Choice:
     reasoner_key: str | None = field(default=None, repr=False, metadata={"envvar": "DETGPT_REASONER_KEY"})
     device: str | None = None
     dtype: str | None = None
+    precision: str | None = None
+    prompt: str | None = None
+    coordinates: str | None = None
     debug: bool = field(default=False, metadata={"flags": ("--debug",)})
 
     def pair(self, reasons: bool) -> ModelPair:
         """The chosen pair; with `reasons` False it may lack its reasoner."""
+        asked = {name: value for name in LOADING if (value := getattr(self, name, None)) is not None}
         if self.reasoner is None and self.detector is None:
-            pair = resolve(self.model)
-            return replace(pair, base_url=self.base_url or pair.base_url)
+            return replace(resolve(self.model), **asked)
         if self.detector is None or (self.reasoner is None and (reasons or self.detector == OWN_BOXES)):
             raise typer.BadParameter("name both parts: --reasoner and --detector go together")
-        return ModelPair(self.reasoner or "", self.detector, base_url=self.base_url)
+        return ModelPair(self.reasoner or "", self.detector, **asked)
 
     def load(self, settings: dict[str, Any], *, reasons: bool = True) -> DetGPT:
         pair = self.pair(reasons)
         options = Options().updated({**pair.options, **settings})
-        loading: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        loading: dict[str, Any] = {"device": self.device, "dtype": self.dtype, **pair.loading}
         if pair.base_url:
-            loading |= {"base_url": pair.base_url, "api_key": self.reasoner_key}
+            loading["api_key"] = self.reasoner_key
         # Without reasoning nobody asks the reasoner, so the gigabytes of a real one stay where they are.
         asked = reasons or pair.detector == OWN_BOXES
         reasoner = pair.reasoner if asked else ScriptedReasoner(["Targets: []"])

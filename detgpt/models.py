@@ -5,7 +5,8 @@ A pair is named ("picto", "small", "base", "large") or is a folder with a `detgp
     {"reasoner": "reasoner", "detector": "detector", "options": {"box_threshold": 0.3}}
 
 Paths in it are relative to the folder; anything else is a hub id. With "base_url" the reasoner is the name of a model
-that a server runs; the detector "reasoner" means the reasoner's own boxes.
+that a server runs; the detector "reasoner" means the reasoner's own boxes. How they are loaded may be said as well:
+"prompt", "precision", "runtime" and "coordinates", see `ModelPair`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _PACKAGE = Path(__file__).parent
 PAIR_FILE = "detgpt.json"
 SEGMENTER = "facebook/sam2.1-hiera-small"  # asked only for masks, so one serves every pair
 OWN_BOXES = "reasoner"  # in a detector's place
+LOADING = ("base_url", "prompt", "precision", "runtime", "coordinates")  # how a pair's parts are loaded
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class ModelPair:
     """A reasoner and a detector that go together, with what a user should know before choosing them.
 
     base_url: address of the OpenAI-compatible server that runs the reasoner; None: it runs here.
+    prompt, precision, runtime, coordinates: as in `DetGPT`; None: as these decide by themselves.
     """
 
     reasoner: str
@@ -43,6 +46,15 @@ class ModelPair:
     needs: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     base_url: str | None = None
+    prompt: str | None = None
+    precision: str | None = None
+    runtime: str | None = None
+    coordinates: str | None = None
+
+    @property
+    def loading(self) -> dict[str, str]:
+        """What it says of `LOADING`: arguments of `DetGPT`."""
+        return {name: value for name in LOADING if (value := getattr(self, name)) is not None}
 
 
 def _weights_folder() -> Path:
@@ -97,7 +109,7 @@ def resolve(model: str | Path) -> ModelPair:
     except (json.JSONDecodeError, TypeError) as error:
         raise ModelError(
             f"{file} is not a description of a model pair ({error}): it needs 'reasoner' and 'detector', "
-            "and may have 'base_url', 'options', 'knows' and 'needs'"
+            f"and may have 'options', 'knows', 'needs', {', '.join(map(repr, LOADING))}"
         ) from error
 
 
@@ -115,7 +127,7 @@ def load_reasoner(
 ) -> Reasoner:
     """A reasoner as it is, the model of that name at the server `base_url`, or the checkpoint of a hub id or folder.
 
-    A server has its own device and dtype.
+    A server has its own device and dtype. Raises what the backend raises for an argument it does not take.
     """
     if not isinstance(reasoner, (str, Path)):
         return _with_verb(reasoner, "reasoner", "reason")
@@ -138,24 +150,49 @@ DETECTORS = {
 }
 
 
-def load_detector(detector: str | Path | Detector, **loading: Any) -> Detector:
+def load_detector(
+    detector: str | Path | Detector,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    precision: str | None = None,
+    runtime: str | None = None,
+    revision: str | None = None,
+) -> Detector:
     """A detector as it is, or the checkpoint of that hub id or folder, whose config.json says which of `DETECTORS`.
 
-    Raises `ModelError` for a checkpoint of another kind, or one that does not load.
+    dtype: of its weights on a GPU. A CPU is slower with half of it: there it is float32, and `precision` chooses.
+    precision, runtime: as in `GroundingDinoDetector`, for the families it reads.
+    Raises `ModelError` for a checkpoint of another kind or one that does not load, and `InputError` for a `precision`
+    or `runtime` where there is none to choose.
     """
+    chosen = {name: value for name, value in (("precision", precision), ("runtime", runtime)) if value is not None}
     if not isinstance(detector, (str, Path)):
+        _check_takes(chosen, repr(detector), "")
         return _with_verb(detector, "detector", "detect")
     from detgpt.detectors.checkpoint import read_model_type
+    from detgpt.device import choose_device
 
-    model_type = read_model_type(str(detector), loading.get("revision"))
+    model_type = read_model_type(str(detector), revision)
     if model_type not in DETECTORS:
         raise ModelError(
             f"{detector} is a model of type {model_type!r}, which is no detector known here: "
             f"give a checkpoint of type {', '.join(DETECTORS)}"
         )
     file, name = DETECTORS[model_type]
-    backend: Detector = getattr(import_module(f"detgpt.detectors.{file}"), name)(detector, **loading)
+    _check_takes(chosen, str(detector), file)
+    place = choose_device(device)
+    backend: Detector = getattr(import_module(f"detgpt.detectors.{file}"), name)(
+        detector, device=place, dtype=None if place.type == "cpu" else dtype, revision=revision, **chosen
+    )
     return backend
+
+
+def _check_takes(chosen: Mapping[str, str], detector: str, file: str) -> None:
+    """Only Grounding DINO has a precision and a runtime of its own."""
+    if chosen and file != "grounding_dino":
+        told = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
+        raise InputError(f"{told} is for a Grounding DINO loaded by its name, not for {detector}: leave it out")
 
 
 def load_segmenter(segmenter: str | Path | Segmenter, *, now: bool, **loading: Any) -> Segmenter:
@@ -168,11 +205,11 @@ def load_segmenter(segmenter: str | Path | Segmenter, *, now: bool, **loading: A
     return lazy.load() if now else lazy
 
 
-def own_boxes(reasoner: Reasoner) -> Detector:
-    """The detector that asks `reasoner` for its boxes."""
+def own_boxes(reasoner: Reasoner, coordinates: str | None = None) -> Detector:
+    """The detector that asks `reasoner` for its boxes, `coordinates` as in `ReasonerDetector`."""
     from detgpt.detectors.reasoner import ReasonerDetector
 
-    return ReasonerDetector(reasoner)
+    return ReasonerDetector(reasoner, coordinates=coordinates)
 
 
 def _with_verb(part: Any, kind: str, verb: str) -> Any:

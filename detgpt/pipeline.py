@@ -29,7 +29,7 @@ from detgpt.models import (
 )
 from detgpt.reasoners import RawAnswer, Request, Turn
 from detgpt.results import Detections, Target
-from detgpt.tiles import MAX_TILES, Tiled
+from detgpt.tiles import MAX_TILES, in_tiles
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,11 +93,20 @@ class DetGPT:
 
     `reasoner` and `detector` are hub ids, local folders, or objects with the one verb of their protocol
     (`detgpt.reasoners.Reasoner.reason`, `detgpt.detectors.Detector.detect`); `detector="reasoner"` takes the boxes that
-    the reasoner itself writes. `device`, `dtype` and `loading` (quantization, device_map, revision, …) go to the
-    backends that load them; with `base_url` the reasoner is a model that a server runs, and `loading` goes to
-    `detgpt.reasoners.openai.OpenAIReasoner`. `options` are the model's defaults. `segmenter`
-    (`detgpt.segmenters.Segmenter.segment`) outlines things for `masks=True`; it loads when that is first asked for, or
-    at once where it is the model's default.
+    the reasoner itself writes. `options` are the model's defaults. `segmenter` (`detgpt.segmenters.Segmenter.segment`)
+    outlines things for `masks=True`; it loads when that is first asked for, or at once where it is the model's default.
+
+    device: where all of them run, such as "cpu" or "cuda:1"; a GPU where there is one unless given.
+    dtype: number format of the reasoner's weights, and of the detector's on a GPU.
+    precision: "exact" or "fast", and runtime: "auto", "lean" or "torch", of a Grounding DINO on a CPU; see
+        `detgpt.detectors.grounding_dino`.
+    coordinates: what the numbers in a reasoner's own boxes mean, with `detector="reasoner"`; see
+        `detgpt.detectors.reasoner`.
+    loading: goes to the reasoner's backend: `prompt`, quantization, device_map, revision, … of
+        `detgpt.reasoners.huggingface.HuggingFaceReasoner`; with `base_url` the reasoner is a model that a server runs,
+        and these are those of `detgpt.reasoners.openai.OpenAIReasoner`.
+
+    Raises `InputError` for settings that do not go together and `ModelError` for a part that does not load.
     """
 
     def __init__(
@@ -108,14 +117,23 @@ class DetGPT:
         segmenter: str | Path | Segmenter = SEGMENTER,
         device: str | None = None,
         dtype: str | None = None,
+        precision: str | None = None,
+        runtime: str | None = None,
+        coordinates: str | None = None,
         options: Options | None = None,
         **loading: Any,
     ):
+        own = detector == OWN_BOXES
+        if own and (precision or runtime):
+            raise InputError("precision and runtime are those of a Grounding DINO: with detector='reasoner' give dtype")
+        if coordinates and not own:
+            raise InputError(f"coordinates={coordinates!r} is for detector='reasoner': leave it out with {detector}")
         self.options = options or Options()
         self.segmenter = load_segmenter(segmenter, now=self.options.masks, device=device)
-        loaded = None if detector == OWN_BOXES else load_detector(detector, device=device)
+        settings: dict[str, Any] = {"device": device, "dtype": dtype, "precision": precision, "runtime": runtime}
+        loaded = None if own else load_detector(detector, **settings)
         self.reasoner = load_reasoner(reasoner, device=device, dtype=dtype, **loading)
-        self.detector = own_boxes(self.reasoner) if loaded is None else loaded
+        self.detector = own_boxes(self.reasoner, coordinates) if loaded is None else loaded
 
     @classmethod
     def from_pretrained(
@@ -128,11 +146,12 @@ class DetGPT:
     ) -> DetGPT:
         """Load a pair by name (`detgpt models` lists them) or from a folder that holds `detgpt.json`.
 
+        `loading`: other arguments of `DetGPT`; what is given here goes before what the pair's `detgpt.json` says.
         Raises `ModelError` where there is no such pair or its parts do not load.
         """
         pair = resolve(model)
         options = Options().updated(dict(pair.options))
-        loading = {"base_url": pair.base_url, **loading}
+        loading = {**pair.loading, **loading}
         return cls(pair.reasoner, pair.detector, device=device, dtype=dtype, options=options, **loading)
 
     def __repr__(self) -> str:
@@ -228,8 +247,7 @@ class DetGPT:
         raws: Sequence[RawAnswer],
         options: Options,
     ) -> list[Detections]:
-        detector = self.detector if options.tiles == 1 else Tiled(self.detector, options.tiles)
-        groundings = detector.detect(
+        groundings = in_tiles(self.detector, options.tiles).detect(
             images,
             [answer.names for answer in answers],
             box_threshold=options.box_threshold,

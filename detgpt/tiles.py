@@ -23,6 +23,11 @@ EDGE = 0.01  # of a part's side: a box that comes so close to a border ends ther
 INSIDE = 0.8  # of a box: so much of it in another one makes it a piece of that
 
 
+def in_tiles(detector: Detector, tiles: int) -> Detector:
+    """`detector`, looking at parts of a picture too where there are more than one."""
+    return detector if tiles == 1 else Tiled(detector, tiles)
+
+
 class Tiled:
     """A detector that sees each picture whole and in `tiles` x `tiles` overlapping parts.
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,11 @@ def test_in_a_crowd_labels_wait_until_pointed_at() -> None:
             some(("a", 0.9, (0, 0, 9, 9)), ("b", 0.9, (0, 0, 9, 9)), ("c", 0.9, (0, 0, 9, 9)), targets="a b c d e"),
             "**Found:** a, b and c. I see no d or e.",
         ),
+        (replace(some(), problem="no answer line."), "**I cannot use my own answer:** no answer line. Please say"),
+        (
+            replace(some(("cup", 0.9, (0, 0, 9, 9))), problem="The detector cannot read 'чай'."),
+            "**Found:** cup.\n\nNot all of my answer could be used: The detector cannot read 'чай'.",
+        ),
     ],
 )
 def test_the_answer_in_words(result: Detections, says: str) -> None:
@@ -347,7 +353,7 @@ def test_a_long_clip_is_refused_before_any_work(film: Path, model: DetGPT, monke
 def test_a_model_loads_once_for_all_visitors(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = []
 
-    def load(name: str, device: str | None) -> object:
+    def load(name: str) -> object:
         time.sleep(0.05)
         loaded.append(name)
         return object()
@@ -399,6 +405,20 @@ def run(*arguments: str) -> Any:
 def test_strangers_start_no_download(launched: list[dict[str, Any]], arguments: list[str], offered: list[str]) -> None:
     assert run(*arguments).exit_code == 0
     assert launched[0]["names"] == offered
+
+
+@pytest.mark.parametrize("told_by", ["the option", "the pair"])
+def test_a_served_reasoner_comes_with_its_key_and_alone(
+    launched: list[dict[str, Any]], told_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DETGPT_REASONER_KEY", "s3cret")
+    address = "http://gpu-box:8000/v1"
+    pair = {"reasoner": "vlm", "detector": "d", **({"base_url": address} if told_by == "the pair" else {})}
+    (tmp_path / "detgpt.json").write_text(json.dumps(pair))
+    ran = run("--model", str(tmp_path), *(["--base-url", address] if told_by == "the option" else []))
+    assert ran.exit_code == 0, ran.output
+    (given,) = launched
+    assert (given["names"], given["base_url"], given["api_key"]) == ([str(tmp_path)], address, "s3cret")
 
 
 def test_every_option_arrives(launched: list[dict[str, Any]]) -> None:

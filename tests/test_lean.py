@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -196,11 +195,10 @@ def test_threads_may_share_what_is_remembered(built_in):
         np.testing.assert_array_equal(one.boxes, other.boxes)
 
 
-def test_where_lean_cannot_run_transformers_does(folders, caplog):  # noqa: F811
+def test_where_lean_cannot_run_transformers_does(folders):  # noqa: F811
     folder = folders["grounding-dino"]
-    with caplog.at_level(logging.WARNING):
-        asked = GroundingDinoDetector(folder, device="cpu", dtype="bfloat16", precision="fast")
-    assert asked.runtime == "torch" and "precision='fast'" in caplog.text
+    asked = GroundingDinoDetector(folder, device="cpu", dtype="bfloat16")
+    assert asked.runtime == "torch"
     assert type(asked.model.model.encoder.layers[0].deformable_layer) is theirs.GroundingDinoDeformableLayer
     with pytest.raises(InputError, match="runtime='lean' is for float32 on a CPU"):
         GroundingDinoDetector(folder, device="cpu", dtype="bfloat16", runtime="lean")
@@ -222,6 +220,11 @@ def test_fast_is_bfloat16_only_where_that_is_faster(folders, monkeypatch, caplog
     [
         ({"runtime": "onnx"}, "runtime must be one of auto, torch, lean, got 'onnx'"),
         ({"precision": "int8"}, "precision must be one of exact, fast, got 'int8'"),
+        (
+            {"precision": "fast", "runtime": "torch"},
+            "precision='fast' is for the lean.*runtime='torch', not both",
+        ),
+        ({"precision": "fast", "dtype": "bfloat16"}, "precision='fast' is for the lean.*dtype='bfloat16', not both"),
         ({"remembered_images": -1}, "remembered_images must be at least 0, got -1"),
     ],
 )

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from benchmarks.tiles import in_tiles, matches, patchwork
 from detgpt import DetGPT, InputError, Options
 from detgpt.boxes import iou_matrix
+from detgpt.cli import app
 from detgpt.detectors import Grounding
+from detgpt.evaluation import evaluate
 from detgpt.pipeline import tidy
 from detgpt.reasoners.scripted import ScriptedReasoner
 from detgpt.tiles import MAX_TILES, OVERLAP, Tiled
@@ -147,6 +153,18 @@ def test_a_picture_smaller_than_its_parts_would_be(size: tuple[int, int]) -> Non
     for tiles in range(2, MAX_TILES + 1):
         found = found_in(painted(size, red=(0, 0, *size)), ["red"], tiles)
         assert found.boxes.tolist() == [[0, 0, *size]]
+
+
+def test_average_precision_is_measured_in_the_tiles_that_are_asked_for(tmp_path: Path) -> None:
+    box = (400, 300, 440, 330)
+    painted((1500, 1000), red=box).save(tmp_path / "a.png")
+    row = {"image": "a.png", "instruction": "red?", "targets": ["red"], "labels": ["red"], "present": ["red"]}
+    (tmp_path / "data.jsonl").write_text(json.dumps({**row, "boxes": [box]}) + "\n")
+    model = DetGPT(ScriptedReasoner(['Targets: ["red"]']), Blobs())
+    assert evaluate(model, tmp_path)["detector"]["ap50"] == 0
+    assert evaluate(model, tmp_path, tiles=3)["detector"]["ap50"] == pytest.approx(1)
+    ran = CliRunner().invoke(app, ["eval", str(tmp_path), "--tiles", "9"])
+    assert ran.exit_code != 0 and "tiles=9" in ran.output
 
 
 @pytest.mark.parametrize("tiles", [0, -1, MAX_TILES + 1, 2.5, "3"])

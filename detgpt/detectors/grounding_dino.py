@@ -77,8 +77,9 @@ class GroundingDinoDetector:
         `max_prompts_per_pass` bounds memory: that many prompts, or images, go through the network together.
         `runtime="lean"` computes the same with less work on a CPU (see `detgpt.detectors.lean`), "torch" is the
         model as transformers has it, "auto" is lean where that can be. `precision="fast"` lets the lean runtime
-        use bfloat16 where this CPU is faster with it. The features of the last `remembered_images` images are
-        kept, so that asking again about one of them does not run the image encoder again; 0 keeps none.
+        use bfloat16 where this CPU is faster with it; on a GPU it warns, and `dtype` is the choice there. The
+        features of the last `remembered_images` images are kept, so that asking again about one of them does not
+        run the image encoder again; 0 keeps none. Raises `InputError` for settings that exclude each other.
         Raises `ModelError` when the checkpoint is missing, incomplete or of another kind.
         """
         _check_choice("runtime", runtime, RUNTIMES)
@@ -209,6 +210,9 @@ def _choose_runtime(runtime: str, precision: str, device: torch.device, dtype: t
         return "lean"
     if runtime == "lean":
         raise InputError(f"runtime='lean' is for float32 on a CPU, not for {dtype} on {device}: use 'auto'.")
+    if precision == "fast" and (runtime == "torch" or dtype != torch.float32):
+        told = "runtime='torch'" if runtime == "torch" else f"dtype={str(dtype).removeprefix('torch.')!r}"
+        raise InputError(f"precision='fast' is for the lean runtime in float32: give it or {told}, not both.")
     if precision == "fast":
         _log.warning("precision='fast' is for the lean runtime on a CPU; on %s choose a dtype instead.", device)
     return "torch"

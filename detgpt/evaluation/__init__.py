@@ -33,6 +33,7 @@ from detgpt.evaluation.overlap import Overlap, box_overlap, mask_overlap, overla
 from detgpt.evaluation.readers import read_dataset
 from detgpt.images import load_image
 from detgpt.results import Detections, Target
+from detgpt.tiles import in_tiles
 
 if TYPE_CHECKING:
     from detgpt.pipeline import DetGPT
@@ -62,8 +63,8 @@ def evaluate(
         of the targets' confidences (None where it gives none); by_kind: {kind: {n, f1}}. Where the data does not
         say what a reasoner should name (`Record.named`), only what needs no names: rejection and parse_failure.
     detector: its name, and ap and ap50 where it is told the true names: asked in each picture for every name
-        that is a target of any wish about it, with thresholds of 0.01 and the pipeline's suppression of
-        duplicates. Boxes of names that are not in a picture do not count here.
+        that is a target of any wish about it, with thresholds of 0.01, in the tiles that are asked for, and with
+        the pipeline's suppression of duplicates. Boxes of names that are not in a picture do not count here.
     end_to_end: `metrics.box_metrics` of what a user gets; box_giou and box_ciou, see `overlap`; by_kind.
     masks: {n, giou, ciou} over the wishes with true outlines, where the option `masks` is set.
     seconds: {reasoner, detector} of answering the wishes, and {detector_ap} of the pass for AP.
@@ -239,7 +240,7 @@ def _kinds(records: Sequence[Record]) -> dict[str, list[int]]:
 
 def _ground_true_names(detector: Any, truths: Sequence[ImageTruth], options: Any) -> list[Detections]:
     images = [load_image(truth.image) for truth in truths]
-    groundings = detector.detect(
+    groundings = in_tiles(detector, options.tiles).detect(
         images,
         [truth.names for truth in truths],
         box_threshold=AP_THRESHOLD,

@@ -39,6 +39,7 @@ def eval_command(
     samples: Annotated[Path | None, typer.Option(help="Write every wish and its result as JSON lines.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a page (.html) with the worst cases drawn.")] = None,
     worst: Annotated[int, typer.Option(min=0, help="Cases to draw of each run.")] = 24,
+    tiles: Annotated[int | None, typer.Option(help="Look at so many parts along a side too.")] = None,
     masks: Annotated[bool, typer.Option("--masks", help="Also measure outlines, by SAM 2.")] = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -57,10 +58,11 @@ def eval_command(
         datasets = {path: read_dataset(path, format=format, limit=limit, **places) for path in data}
         for note in (note for dataset in datasets.values() for note in dataset.notes):
             terminal.note(note)
+        settings = {"masks": masks} if tiles is None else {"masks": masks, "tiles": tiles}
         results: dict[str, dict[str, Any]] = {}
         runs: list[Samples] = []
         for name in model or ["picto"]:
-            loaded = Choice(model=name, device=device, dtype=dtype, debug=debug).load({"masks": masks})
+            loaded = Choice(model=name, device=device, dtype=dtype, debug=debug).load(settings)
             for path, dataset in datasets.items():
                 title = f"{name} · {_title(path, data, split)}"
                 runs.append(Samples(title))

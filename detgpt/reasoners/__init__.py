@@ -64,6 +64,12 @@ class RawAnswer:
     complete: bool = True
 
 
+def check_prompt(prompt: str | None) -> None:
+    """Raise `InputError` for something that is no way to put an instruction to a model."""
+    if prompt not in (None, "full", "bare"):
+        raise InputError(f'prompt must be "full" or "bare", not {prompt!r}')
+
+
 class Reasoner(Protocol):
     """Answers requests in text. Safe to call from several threads."""
 

@@ -26,6 +26,7 @@ from transformers import (
     AutoProcessor,
     BitsAndBytesConfig,
     GenerationConfig,
+    LogitsProcessor,
     StoppingCriteria,
     SuppressTokensLogitsProcessor,
 )
@@ -35,7 +36,7 @@ from detgpt.device import choose_device
 from detgpt.errors import InputError, MissingExtraError, ModelError
 from detgpt.images import image_key
 from detgpt.memory import explained_when_short_of_memory
-from detgpt.reasoners import RawAnswer, Request, TokenSpan, chat
+from detgpt.reasoners import RawAnswer, Request, TokenSpan, chat, check_prompt
 from detgpt.reasoners.drafts import PROMPT, Drafts
 from detgpt.reasoners.prefix import KeptPrefixes, remembers_tokens_only
 
@@ -61,8 +62,8 @@ class HuggingFaceReasoner:
     the text is the same. Only for single requests and streams, which then keep no images; a batch runs as it does
     without. `acceptance` says how much of the drafts was kept.
 
-    A checkpoint whose config says `detgpt_prompt: "bare"` was trained on instructions as the user writes them
-    and gets them so; every other one is told the three steps and the answer's form.
+    prompt: "full" tells the model the three steps and the answer's form; "bare" sends the instruction as the user
+    wrote it, for a model that was trained so. None: bare where the checkpoint's config says `detgpt_prompt: "bare"`.
 
     Raises `ModelError` when the checkpoint is missing or of the wrong kind, or memory is short (when loading or
     later), `MissingExtraError` without bitsandbytes, `InputError` for a wrong argument or a missing device.
@@ -82,9 +83,11 @@ class HuggingFaceReasoner:
         revision: str | None = None,
         kept_images: int = 4,
         assistant: str | os.PathLike[str] | None = None,
+        prompt: str | None = None,
     ) -> None:
         if kept_images < 0:
             raise InputError(f"kept_images must be 0 or more, not {kept_images}")
+        check_prompt(prompt)
         name = os.fspath(model_id_or_folder)
         device = choose_device(device)
         options: dict[str, Any] = {
@@ -101,6 +104,8 @@ class HuggingFaceReasoner:
         processor = load_processor(name, revision)
         _check_attention(name, revision, attn_implementation)
         self._take(_load_placed(name, revision, options, device), processor, name, kept_images)
+        if prompt is not None:
+            self._bare = prompt == chat.BARE
         if assistant is not None:
             self._drafts = self._load_drafts(os.fspath(assistant), options)
 
@@ -120,6 +125,7 @@ class HuggingFaceReasoner:
         self.name = name
         self._model, self._processor = model, processor
         self.family: str = model.config.model_type
+        self._bare = chat.is_bare(model.config)
         self._plain_greedy_decoding()
         self._prefixes = KeptPrefixes(model, kept_images)
         self._drafts = None
@@ -187,7 +193,7 @@ class HuggingFaceReasoner:
             tokenizer, end_ids = self._processor.tokenizer, self._end_ids
             writers = [_Writer(tokenizer, end_ids, inside_thought) for inside_thought in thinks]
             recorder = _Recorder(writers, on_text, abandoned)
-            hooks = {"logits_processor": [self._no_pictures, recorder.keep_logprobs], "stopping_criteria": [recorder]}
+            hooks = {"logits_processor": [self._no_pictures, recorder.logprobs], "stopping_criteria": [recorder]}
             if self._drafts and len(requests) == 1:
                 arguments = {**inputs, **self._drafts.arguments(inputs), **hooks}
                 with explained_when_short_of_memory(self.name, MEMORY_REMEDIES):
@@ -225,7 +231,7 @@ class HuggingFaceReasoner:
         """Chat messages; the image stands in the first."""
         texts = [text for turn in request.history for text in (turn.instruction, turn.answer)]
         texts.append(request.instruction)
-        texts[0] = chat.worded(texts[0], bare=request.verbatim or chat.is_bare(self._model.config))
+        texts[0] = chat.worded(texts[0], bare=request.verbatim or self._bare)
         return chat.conversation(texts, request.image, self._control_tokens)
 
     def _opens_thought(self, prompt_ids: torch.Tensor) -> bool:
@@ -247,40 +253,62 @@ class HuggingFaceReasoner:
         self._control_tokens = chat.control_tokens(self._processor)
 
 
-class _Recorder(StoppingCriteria):
-    """Follows `generate` step by step: hands each new token to its row's writer and says which rows are done.
+class _Logprobs(LogitsProcessor):
+    """Changes no score and remembers those of the step at hand: no (steps, batch, vocabulary) tensor is kept.
 
-    Reading the probabilities here, a step at a time, keeps no (steps, batch, vocabulary) tensor in memory. A step
-    writes one token, or with an assistant those of its draft that the model kept and one more.
+    A step writes one token, or with an assistant those of its draft that the model kept and one more. This is a class,
+    because at every step transformers looks the signature of `__call__` up, which takes half a millisecond for a method
+    in its place.
     """
 
+    def __init__(self) -> None:
+        self._scores: dict[int, torch.Tensor] = {}  # (batch, vocabulary) by the number of tokens before
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        self.latest = input_ids.shape[1]  # an assistant's scores are followed by the model's own
+        self._scores[self.latest] = scores
+        return scores
+
+    @property
+    def first(self) -> int:
+        return min(self._scores)
+
+    def of(self, new_ids: torch.Tensor, place: int) -> torch.Tensor:
+        """Natural log-probabilities of `new_ids` (batch, 1) after `place` tokens."""
+        scores = self._scores[place]
+        return scores.gather(-1, new_ids) - scores.logsumexp(-1, keepdim=True)
+
+    def clear(self) -> None:
+        self._scores.clear()
+
+
+class _Recorder(StoppingCriteria):
+    """Follows `generate` step by step: hands each new token to its row's writer and says which rows are done."""
+
     def __init__(
-        self, writers: list[_Writer], on_text: Callable[[str], None] | None, abandoned: threading.Event | None
+        self,
+        writers: list[_Writer],
+        on_text: Callable[[str], None] | None,
+        abandoned: threading.Event | None,
     ) -> None:
         self._writers = writers
         self._on_text = on_text or (lambda piece: None)
         self._abandoned = abandoned
-        self._logprobs: dict[int, torch.Tensor] = {}  # (batch, vocabulary) by the tokens before, of the step at hand
+        self.logprobs = _Logprobs()
         self.drafted = self.accepted = 0
 
-    def keep_logprobs(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """A logits processor that changes nothing. An assistant's scores are followed by the model's own."""
-        self._latest = input_ids.shape[1]
-        self._logprobs[self._latest] = scores.log_softmax(dim=-1)
-        return scores
-
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
-        before, after = min(self._logprobs), input_ids.shape[1]
-        self.drafted += self._latest - before
+        before, latest, after = self.logprobs.first, self.logprobs.latest, input_ids.shape[1]
+        self.drafted += latest - before
         self.accepted += after - before - 1
         for place in range(before, after):
             new_ids = input_ids[:, place : place + 1]
-            logprobs = self._logprobs[place].gather(-1, new_ids)
+            logprobs = self.logprobs.of(new_ids, place)
             steps = zip(self._writers, new_ids[:, 0].tolist(), logprobs[:, 0].tolist(), strict=True)
             for writer, token_id, logprob in steps:
                 if not writer.done:  # a finished row gets padding
                     writer.add(token_id, logprob, self._on_text)
-        self._logprobs.clear()
+        self.logprobs.clear()
         given_up = self._abandoned is not None and self._abandoned.is_set()
         done = [given_up or writer.done for writer in self._writers]
         return torch.tensor(done, dtype=torch.bool, device=input_ids.device)

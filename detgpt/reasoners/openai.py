@@ -22,7 +22,7 @@ from PIL import Image
 
 from detgpt.answer import answer_is_complete, format_instruction
 from detgpt.errors import InputError, MissingExtraError, ModelError
-from detgpt.reasoners import RawAnswer, Request, TokenSpan
+from detgpt.reasoners import RawAnswer, Request, TokenSpan, check_prompt
 
 # What a server may refuse to be told, and the word in its refusal that says so.
 _REFUSABLE = {"logprobs": "logprob", "temperature": "temperature", "max_tokens": "max_completion_tokens"}
@@ -36,8 +36,8 @@ class OpenAIReasoner:
     api_key: the bearer token; local servers need none. Unless given, OPENAI_API_KEY is sent, but only to the server
         that the environment means it for: OPENAI_BASE_URL, or api.openai.com where that is not set. The same holds
         for what the openai package reads besides (organization, project, headers).
-    prompt: "full" tells the model the three steps and the answer's form; "bare" sends the instruction as it is, for a
-        model trained so (`detgpt_prompt` in its config), such as the built-in one.
+    prompt: "full", or None, tells the model the three steps and the answer's form; "bare" sends the instruction as it
+        is, for a model trained so (`detgpt_prompt` in its config), such as the built-in one.
     timeout: seconds within which an answer must be complete, retries included.
     max_retries: how often to ask again after a lost connection, a broken-off answer, or a status of 408, 409, 429 or
         5xx. A stream that has begun to speak is not repeated.
@@ -57,7 +57,7 @@ class OpenAIReasoner:
         base_url: str | None = None,
         api_key: str | None = None,
         *,
-        prompt: str = "full",
+        prompt: str | None = None,
         timeout: float = 60,
         max_retries: int = 2,
         concurrency: int = 8,
@@ -68,8 +68,7 @@ class OpenAIReasoner:
             import openai
         except ImportError as error:
             raise MissingExtraError("openai", "openai") from error
-        if prompt not in ("full", "bare"):
-            raise InputError(f'prompt must be "full" or "bare", not {prompt!r}')
+        check_prompt(prompt)
         _check_at_least(0.001, timeout=timeout)
         _check_at_least(0, max_retries=max_retries)
         _check_at_least(1, concurrency=concurrency)
@@ -77,7 +76,7 @@ class OpenAIReasoner:
         _check_at_least(4096, max_image_bytes=max_image_bytes)
         self.name = model
         self._base_url = _address(base_url)
-        self._prompt = prompt
+        self._prompt = prompt or "full"
         self._timeout = timeout
         self._max_retries = max_retries
         self._concurrency = concurrency

@@ -22,6 +22,12 @@ MAX_UPLOAD = "200mb"
 def demo(
     model: Annotated[str, typer.Option("--model", "-m", help="The model at the start; see `detgpt models`.")] = "picto",
     device: Annotated[str | None, typer.Option(help="Where to run, such as cpu or cuda.")] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible server that runs the model's reasoner, by its name there.")
+    ] = None,
+    reasoner_key: Annotated[
+        str | None, typer.Option(help="Key for that server.", envvar="DETGPT_REASONER_KEY", show_default=False)
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 7860,
     share: Annotated[bool, typer.Option("--share", help="Make a public link through Gradio's relay.")] = False,
@@ -32,18 +38,30 @@ def demo(
     """Open a page in the browser: a picture, a wish, and what fits it.
 
     Visitors from this machine may choose any model. With --share or another --host they get the given one only,
-    because the others would start a download.
+    because the others would start a download; with --base-url too, for the server may not run the others.
     """
     login = _login(auth)
     with terminal.reporting(debug=False):
-        names = [model] if share or not _is_local(host) else [model, *PAIRS]
-        serve(names, device=device, host=host, port=port, share=share, login=login, queue_size=queue_size, mcp=mcp)
+        server = base_url or resolve(model).base_url
+        names = [model] if share or server or not _is_local(host) else [model, *PAIRS]
+        loading: dict[str, Any] = {
+            "device": device,
+            **({"base_url": server, "api_key": reasoner_key} if server else {}),
+        }
+        page: dict[str, Any] = {
+            "host": host,
+            "port": port,
+            "share": share,
+            "login": login,
+            "queue_size": queue_size,
+            "mcp": mcp,
+        }
+        serve(names, **page, **loading)
 
 
 def serve(
     names: list[str],
     *,
-    device: str | None = None,
     host: str = "127.0.0.1",
     port: int = 7860,
     share: bool = False,
@@ -51,8 +69,12 @@ def serve(
     queue_size: int = 32,
     mcp: bool = False,
     wait: bool = True,
+    **loading: Any,
 ) -> Any:
-    """Load the first model and serve the page; without `wait` give back the running `gr.Blocks`."""
+    """Load the first model and serve the page; without `wait` give back the running `gr.Blocks`.
+
+    loading: further arguments of `DetGPT.from_pretrained` for every model, such as `device`.
+    """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     try:
         import gradio  # noqa: F401
@@ -64,8 +86,9 @@ def serve(
     from detgpt.web.models import Models
     from detgpt.web.page import LOOK, build
 
-    models, first = Models(names, device), resolve(names[0])
-    with terminal.loading(names[0], [first.reasoner, first.detector], debug=False):
+    models, first = Models(names, **loading), resolve(names[0])
+    parts = [first.detector] if loading.get("base_url") else [first.reasoner, first.detector]
+    with terminal.loading(names[0], parts, debug=False):
         models[names[0]]
     page = build(models)
     page.queue(max_size=queue_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 from detgpt.errors import InputError
 from detgpt.models import resolve
@@ -14,12 +15,15 @@ KEPT = 2  # loaded models; a third one takes the place of the one that rested lo
 
 
 class Models:
-    """`models["picto"]` is the loaded pair of that name; `names` are those on offer, the first is the default."""
+    """`models["picto"]` is the loaded pair of that name; `names` are those on offer, the first is the default.
 
-    def __init__(self, names: Sequence[str], device: str | None = None) -> None:
+    loading: arguments of `DetGPT.from_pretrained` for each of them.
+    """
+
+    def __init__(self, names: Sequence[str], **loading: Any) -> None:
         self.names = tuple(dict.fromkeys(names))
         self._lock = threading.Lock()  # two visitors who ask for the same model load it once
-        self._load = functools.lru_cache(maxsize=KEPT)(functools.partial(DetGPT.from_pretrained, device=device))
+        self._load = functools.lru_cache(maxsize=KEPT)(functools.partial(DetGPT.from_pretrained, **loading))
 
     @property
     def default(self) -> str:

@@ -296,15 +296,17 @@ def _in_words(result: Detections | None) -> str:
     """The answer of a conversation: the reasoning, and what the boxes cannot say."""
     assert result is not None, "asked, so answered"
     found, missed = ([target.name for target in result.targets if target.found is there] for there in (True, False))
-    if result.problem:
-        conclusion = f"I cannot make sense of my own answer ({result.problem}). Please say it in other words."
+    problem = result.problem and result.problem.rstrip(".")
+    if problem and not result.targets:
+        conclusion = f"**I cannot use my own answer:** {problem}. Please say it in other words."
     elif not result.targets:
         conclusion = "**Nothing here fits.**"
     elif not found:
         conclusion = f"**Nothing here fits:** I looked for {_listed(missed, 'and')}, but found none."
     else:
         conclusion = f"**Found:** {_listed(found, 'and')}." + (f" I see no {_listed(missed, 'or')}." if missed else "")
-    return "\n\n".join(filter(None, [result.reasoning, conclusion]))
+    left_out = f"Not all of my answer could be used: {problem}." if problem and result.targets else None
+    return "\n\n".join(filter(None, [result.reasoning, conclusion, left_out]))
 
 
 def _listed(names: list[str], conjunction: str) -> str:

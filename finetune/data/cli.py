@@ -1,4 +1,4 @@
-"""The command line of data: `detgpt-finetune data convert`, `check` and `build`."""
+"""The command line of data: `detgpt-finetune data convert`, `check`, `build` and `wishes`."""
 
 from __future__ import annotations
 
@@ -156,3 +156,28 @@ def _print_table(title: str, rows: list[list[str]]) -> None:
         table.add_row(*map(terminal.plain, row))
     terminal.out.print(table)
     terminal.out.print()
+
+
+@app.command("wishes")
+def wishes_command(
+    annotations: Annotated[Path, typer.Argument(help="A COCO file with boxes.", show_default=False)],
+    images: Annotated[Path, typer.Argument(help="The folder of its pictures.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The new folder.", show_default=False)],
+    needs: Annotated[Path, typer.Option(help="A YAML file: what fits what, and how people ask.", show_default=False)],
+    wishes: Annotated[int, typer.Option(min=1, help="A picture, that something fulfils.")] = 3,
+    absent: Annotated[int, typer.Option(min=0, help="A picture, that nothing fulfils.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    held_out: Annotated[bool, typer.Option("--held-out", help="Take the ways kept for evaluation.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write wishes from boxes and a small file of needs, without a language model as their writer.
+
+    detgpt-finetune data wishes train.json images/ --needs needs.yaml -o data/train
+    """
+    from finetune.data.wishes import write_wishes
+
+    with terminal.reporting(debug):
+        count = write_wishes(
+            annotations, images, needs, output, wishes=wishes, absent=absent, seed=seed, held_out=held_out
+        )
+        terminal.note(f"wrote {count} wishes to {output}")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -25,7 +25,7 @@ class Augmentation(Settings):
     """
 
     flip: float = Field(default=0.5, ge=0, le=1)
-    scale: tuple[float, float] = (0.7, 1.4)
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.7, 1.4)
     colour: float = Field(default=0.2, ge=0, le=1)
 
 

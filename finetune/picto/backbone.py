@@ -69,7 +69,7 @@ def run(config: Config) -> None:
         train=World(config.world),
         collate=collate,
         loss=loss,
-        measure=lambda model: {"presence_f1": presence(model, validation)},
+        measure=lambda: {"presence_f1": presence(model, validation)},
     )
     save_model(model, str(config.output / WEIGHTS))
     rundir.write_folder(config.output / "detector", lambda place: write_detector(place, model.backbone.state_dict()))
@@ -108,7 +108,7 @@ def scene_loss(logits: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -
     return sum(losses, torch.zeros(()))
 
 
-def presence(model: nn.Module, world: World) -> float:
+def presence(model: LabelledResNet, world: World) -> float:
     """F1 of what the fine level sees anywhere in the scenes of `world`."""
     scores, truth = [], np.zeros((len(world), model.num_classes), bool)
     for start in range(0, len(world), 64):

@@ -24,7 +24,7 @@ class Config(StageConfig):
 
 
 def run(config: Config) -> None:
-    parts = {"reasoner": LlavaForConditionalGeneration, "detector": GroundingDinoForObjectDetection}
+    parts: dict[str, Any] = {"reasoner": LlavaForConditionalGeneration, "detector": GroundingDinoForObjectDetection}
     for part, model in parts.items():
         source, target = getattr(config, part), config.output / part
         model.from_pretrained(source, dtype=torch.float16).save_pretrained(target)

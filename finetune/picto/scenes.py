@@ -96,7 +96,7 @@ def make_scene(
 
 def _choose(rng: np.random.Generator, place: Place, catalogue: Mapping[str, Pictured]) -> list[str]:
     everything = list(catalogue)
-    native = [n for n in everything if catalogue[n].category in place.categories]
+    native = [n for n in everything if catalogue[n].category in place.categories] or everything
     names: list[str] = []
     for _ in range(int(rng.integers(3, 9))):
         name = str(rng.choice(native if rng.random() < AT_HOME else everything))

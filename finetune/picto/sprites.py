@@ -15,6 +15,7 @@ import math
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -35,9 +36,10 @@ HELD_OUT_STYLE = "openmoji"
 
 @functools.cache
 def load(style: str) -> dict[str, Image.Image]:
-    """The pictograms of a style by picture name: RGBA, cropped to what is drawn."""
-    pictures = json.loads((FOLDER / "index.json").read_text())["pictures"]
-    with Image.open(FOLDER / f"{style}.webp") as opened:
+    """The pictograms of a style by picture name: RGBA, cropped to what is drawn. A style may be in a folder."""
+    file = FOLDER / f"{style}.webp"
+    pictures = json.loads((file.parent / "index.json").read_text())["pictures"]
+    with Image.open(file) as opened:
         atlas = opened.convert("RGBA")
     cells = {}
     for i, picture in enumerate(pictures):
@@ -47,20 +49,21 @@ def load(style: str) -> dict[str, Image.Image]:
     return cells
 
 
-def build(pictures: list[str]) -> None:
+def build(pictures: list[str], folder: Path = FOLDER, styles: Sequence[str] = tuple(STYLES)) -> None:
     """Fetch the icon sets, draw `pictures` in every style and write the atlases and their index."""
-    FOLDER.mkdir(exist_ok=True)
-    for style, (package, _, _) in STYLES.items():
-        icons = _fetch(package)
+    folder.mkdir(exist_ok=True)
+    for style in styles:
+        icons = _fetch(STYLES[style][0])
         rows = math.ceil(len(pictures) / COLUMNS)
         atlas = Image.new("RGBA", (COLUMNS * SIZE, rows * SIZE))
         for i, picture in enumerate(pictures):
             atlas.paste(_draw(icons, picture), (i % COLUMNS * SIZE, i // COLUMNS * SIZE))
-        atlas.save(FOLDER / f"{style}.webp", quality=88, method=6)
+        atlas.save(folder / f"{style}.webp", quality=88, method=6)
         print(f"{style}: {len(pictures)} pictograms")
-    sources = {style: {"package": p, "by": by, "licence": lic} for style, (p, by, lic) in STYLES.items()}
+    described = {style: STYLES[style] for style in styles}
+    sources = {style: {"package": p, "by": by, "licence": lic} for style, (p, by, lic) in described.items()}
     index = {"pictures": pictures, "sources": sources}
-    (FOLDER / "index.json").write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
+    (folder / "index.json").write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
 
 
 def _fetch(package: str) -> dict:

@@ -77,7 +77,7 @@ def run(config: Config) -> None:
         train=World(config.world),
         collate=scenes,
         loss=dense_loss,
-        measure=lambda model: {"presence_f1": presence_f1(*look_at(model, validation), threshold=0.35)},
+        measure=lambda: {"presence_f1": presence_f1(*look_at(model, validation), threshold=0.35)},
     )
     save_model(model, str(config.output / WEIGHTS))
     rundir.finish(config.output, metrics)

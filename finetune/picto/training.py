@@ -33,15 +33,16 @@ def generator() -> np.random.Generator:
 class _Lesson(Trainer):
     """The Trainer, with an evaluation that looks at the model as a whole."""
 
-    def __init__(self, measure: Callable[[nn.Module], dict[str, float]], **settings: Any):
+    def __init__(self, measure: Callable[[], dict[str, float]], **settings: Any):
         super().__init__(**settings)
         self.measure = measure
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        self.model.eval()
+        network: Any = self.model
+        network.eval()
         with torch.inference_mode():
-            metrics = {f"{metric_key_prefix}_{key}": value for key, value in self.measure(self.model).items()}
-        self.model.train()
+            metrics = {f"{metric_key_prefix}_{key}": value for key, value in self.measure().items()}
+        network.train()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -54,11 +55,11 @@ def learn(
     train: Dataset,
     collate: Callable[[list[dict]], dict[str, Any]],
     loss: Callable[[Any, Any], torch.Tensor],
-    measure: Callable[[nn.Module], dict[str, float]],
+    measure: Callable[[], dict[str, float]],
 ) -> dict[str, float]:
     """Train `model` on batches {"pixel_values", "labels"}, going on from the last checkpoint; returns the last metrics.
 
-    loss: of the model's output and the labels. measure: the model → numbers, at each evaluation.
+    loss: of the model's output and the labels. measure: numbers of the model as it is, at each evaluation.
     """
     checkpoints = config.output / "checkpoints"
     defaults = {
