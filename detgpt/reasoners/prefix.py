@@ -43,7 +43,8 @@ class _Kept:
 class KeptPrefixes:
     """The latest prompt and answer about each of the last `limit` images, as keys and values; 0 keeps none.
 
-    Takes the memory of that many conversations. One thread at a time.
+    Takes the memory of that many conversations. One thread at a time. An image of few tokens is kept as well: with the
+    49 of the built-in model that costs 0.4 ms of a question's 200, and the next question gains its image tower's 17 ms.
     """
 
     def __init__(self, model: Any, limit: int) -> None:
