@@ -105,7 +105,7 @@ def test_lisa_finds_the_layers_of_a_vision_language_model(tmp_path: Path) -> Non
     settings = TrainingArguments(tmp_path, use_cpu=True, report_to=[])
     lisa = Lisa(Trainer(model, settings), LisaSettings(layers=1))
     assert len(lisa._layers) == 2
-    with pytest.raises(InputError, match=r"lisa.layers=3, but the language model has 2 layers"):
+    with pytest.raises(InputError, match=r"lisa.layers=3, but 2 layers of the language model train"):
         Lisa(Trainer(model, settings), LisaSettings(layers=3))
 
 

@@ -33,7 +33,7 @@ class LisaSettings(Settings):
 class Lisa(TrainerCallback):
     """Of the parameters that the stage lets train, freezes those of all but `settings.layers` layers.
 
-    Raises `InputError` for a model with fewer layers, and where parameters are sharded (FSDP, DeepSpeed).
+    Raises `InputError` for a model of which fewer layers train, and where parameters are sharded (FSDP, DeepSpeed).
     """
 
     def __init__(self, trainer: Any, settings: LisaSettings) -> None:
@@ -41,9 +41,13 @@ class Lisa(TrainerCallback):
             raise InputError("lisa cannot freeze a part of sharded parameters: run it with ddp, or leave lisa out")
         self._settings = settings
         self._period: int | None = None
-        self._layers = [_trainable(layer) for layer in getattr(trainer.model.get_decoder(), "layers", ())]
+        layers = getattr(trainer.model.get_decoder(), "layers", ())
+        self._layers = [parameters for layer in layers if (parameters := _trainable(layer))]
         if len(self._layers) < settings.layers:
-            raise InputError(f"lisa.layers={settings.layers}, but the language model has {len(self._layers)} layers")
+            raise InputError(
+                f"lisa.layers={settings.layers}, but {len(self._layers)} layers of the language model train: "
+                "lower it, or let the language model train"
+            )
         ends = [trainer.model.get_input_embeddings(), trainer.model.get_output_embeddings()]
         self._ends = [parameter for end in ends if end is not None for parameter in _trainable(end)]
         trainer.args.ddp_find_unused_parameters = True  # what is frozen after DDP took it has no gradient
