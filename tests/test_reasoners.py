@@ -18,7 +18,8 @@ from PIL import Image
 from detgpt.answer import RETRY_INSTRUCTION, format_instruction, name_confidence, parse_answer
 from detgpt.errors import InputError, MissingExtraError, ModelError
 from detgpt.reasoners import RawAnswer, Request, Turn
-from detgpt.reasoners.huggingface import HuggingFaceReasoner, _Writer
+from detgpt.reasoners.huggingface import HuggingFaceReasoner
+from detgpt.reasoners.recording import Writer
 from detgpt.reasoners.scripted import ScriptedReasoner
 
 # What the tiny model learns by heart: instruction → everything it would write if nobody stopped it.
@@ -318,7 +319,7 @@ def test_a_thought_opened_by_the_template_does_not_end_the_answer(folder: Path, 
     patient = HuggingFaceReasoner(thinking, device="cpu")
     assert patient._opens_thought(patient._encode([ask("drink")])["input_ids"][0])
     tokenizer = patient._processor.tokenizer
-    writer = _Writer(tokenizer, frozenset(), inside_thought=True)
+    writer = Writer(tokenizer, frozenset(), inside_thought=True)
     for token_id in tokenizer.encode('Targets: ["a"]</think>\nTargets: ["b"] and more'):
         if not writer.done:
             writer.add(token_id, -0.5, lambda piece: None)
