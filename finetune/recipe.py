@@ -161,6 +161,8 @@ def _in_words(error: ValidationError, config: type[BaseModel]) -> str:
             sentences.append(f"there is no setting {key!r}{known}")
         elif problem["type"] == "missing":
             sentences.append(f"{key!r} is missing")
+        elif isinstance(said := problem.get("ctx", {}).get("error"), InputError):
+            sentences.append(str(said))
         else:
             sentences.append(f"{key} = {problem['input']!r}: {problem['msg']}")
     return "; ".join(sentences)

@@ -25,7 +25,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 
 from detgpt import terminal
@@ -181,13 +180,21 @@ def _check_same(config: StageConfig) -> None:
     file = config.output / RECIPE_FILE
     if not file.is_file():
         return
-    before, now = read_yaml(file), yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))
+    before, now = (_flat(values) for values in (read_yaml(file), config.model_dump(mode="json")))
     other = sorted(key for key in {*before, *now} - {"output"} if before.get(key) != now.get(key))
     if other:
         raise InputError(
-            f"{config.output} holds a run with another {other[0]!r} ({before.get(other[0])!r}, here "
+            f"{config.output} holds a run with another '{other[0]}' ({before.get(other[0])!r}, here "
             f"{now.get(other[0])!r}): give another output, or remove that folder"
         )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings within settings by their dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _seen_from(folder: Path, part: str) -> str:

@@ -119,7 +119,7 @@ def _draw_by_length(trainer: Any) -> None:
 def _sft_config(config: ReasonerConfig, defaults: Mapping[str, Any]) -> SFTConfig:
     gpu = torch.cuda.is_available()
     usual: dict[str, Any] = {
-        "bf16": gpu and torch.cuda.is_bf16_supported(),
+        "bf16": _has_bfloat16(),
         "gradient_checkpointing": gpu,
         "dataloader_num_workers": 4 if gpu else 0,
         "dataloader_pin_memory": gpu,
@@ -145,7 +145,11 @@ def _sft_config(config: ReasonerConfig, defaults: Mapping[str, Any]) -> SFTConfi
 def _dtype(config: ReasonerConfig, how: Mapping[Group, Tune]) -> str:
     if config.dtype is not None:
         return config.dtype
-    return "bfloat16" if torch.cuda.is_available() and how[Group.LANGUAGE] != "full" else "float32"
+    return "bfloat16" if _has_bfloat16() and how[Group.LANGUAGE] != "full" else "float32"
+
+
+def _has_bfloat16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
 def _keep(config: ReasonerConfig, trainer: SFTTrainer, processor: Any) -> None:
