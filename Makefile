@@ -29,7 +29,7 @@ screenshots: $(READY)
 ros2:
 	bash tests/ros2_environment.sh
 
-# Train the built-in model anew, from pictograms to weights/picto: about five hours on two cores.
+# Train the built-in model anew, from pictograms to weights/picto: hours, on two cores.
 picto: $(READY)
 	$(BIN)/detgpt-finetune run picto
 

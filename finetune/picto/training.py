@@ -12,8 +12,8 @@ from pydantic import Field
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
+from finetune import rundir
 from finetune.recipe import StageConfig
 
 
@@ -61,7 +61,6 @@ def learn(
 
     loss: of the model's output and the labels. measure: numbers of the model as it is, at each evaluation.
     """
-    checkpoints = config.output / "checkpoints"
     defaults = {
         "lr_scheduler_type": "cosine",
         "adam_beta2": 0.98,
@@ -72,7 +71,10 @@ def learn(
         "report_to": "none",
     }
     arguments = TrainingArguments(
-        str(checkpoints), seed=config.seed, remove_unused_columns=False, **{**defaults, **config.trainer}
+        str(config.output / rundir.CHECKPOINTS),
+        seed=config.seed,
+        remove_unused_columns=False,
+        **{**defaults, **config.trainer},
     )
     trainer = _Lesson(
         measure,
@@ -83,6 +85,6 @@ def learn(
         data_collator=collate,
         compute_loss_func=lambda output, labels, **_: loss(output, labels),
     )
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
-    trainer.train(resume_from_checkpoint=last)
+    last = rundir.last_checkpoint(config.output)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     return trainer.evaluate()
