@@ -7,6 +7,8 @@ Under a launcher it is the same command: `accelerate launch -m finetune.cli run 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -38,12 +40,23 @@ def run(
     """Run a recipe; a run that was interrupted goes on where it was."""
     from finetune.recipe import run_recipe
 
-    with terminal.reporting(debug):
+    with terminal.reporting(debug), parted():
         try:
             run_recipe(recipe, overrides or ())
         except StoppedError as stopped:
             terminal.note(str(stopped))
             raise typer.Exit(TERMINATED) from None
+
+
+@contextmanager
+def parted() -> Iterator[None]:
+    """Under a launcher, let processes that are done end together: one that a faster one leaves alone would crash."""
+    yield
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 @app.command()

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from finetune.batching import collator, draw_by_length
 from finetune.callbacks import LisaSettings, attach, train
+from finetune.cli import parted
 
 
 def main(folder: Path, *how: str) -> None:
@@ -36,4 +37,5 @@ def main(folder: Path, *how: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    with parted():
+        main(Path(sys.argv[1]), *sys.argv[2:])

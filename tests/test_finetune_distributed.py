@@ -22,7 +22,8 @@ def losses(folder: Path, *how: str, launcher: str | None = None) -> list[float]:
         start = [*accelerate, "--config_file", str(CONFIGS / f"{launcher}.yaml"), "--num_processes", "2"]
     environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
     command = [*start, str(HERE / "distributed_run.py"), str(folder), *how]
-    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=300)
+    ran = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+    assert ran.returncode == 0, ran.stdout.decode()
     found: list[float] = json.loads((folder / "losses.json").read_text())
     return found
 
