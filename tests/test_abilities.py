@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner, Result
 
+from detgpt.cli import app
 from detgpt.errors import InputError
 from detgpt.evaluation import scoring
 from detgpt.evaluation.abilities import AbilityResult, evaluate_abilities, read_abilities
@@ -318,3 +320,70 @@ def test_text_alone_does_not_disturb_the_kept_pictures(tiny_reasoner_folder: Pat
     again = reasoner.reason([seen])[0]
     assert again.text == first.text
     assert math.isclose(again.tokens[0].logprob, first.tokens[0].logprob, abs_tol=1e-4)
+
+
+# --- detgpt eval --abilities ---
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run `detgpt eval --abilities` with these arguments in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(app, ["eval", "--abilities", *map(str, arguments)])
+
+
+def test_models_stand_side_by_side(run: Callable[..., Result], tiny_pair_folder: Path) -> None:
+    asked_in_two_ways(Path("abilities"))
+    Path("model").symlink_to(tiny_pair_folder)
+    ran = run("abilities", "-m", "model", "-m", "model/reasoner", "-o", "out/numbers.json", "--samples", "said.jsonl")
+    assert ran.exit_code == 0, ran.output
+    lines = ran.stdout.splitlines()
+    assert lines[:2] == ["| ability | n | model | model/reasoner |", "| --- | ---: | ---: | ---: |"]
+    assert lines[2] == "| seen | 1 | 100.0 (20.7–100.0) | 100.0 (20.7–100.0) |"
+    assert lines[3].startswith("| unseen | 1 | ") and lines[4].startswith("| mean |  | ")
+    numbers = json.loads(Path("out/numbers.json").read_text())
+    assert numbers["model"]["seen"] == {"value": 1.0, "low": pytest.approx(0.2065, abs=1e-4), "high": 1.0, "n": 1}
+    said = [json.loads(line) for line in Path("said.jsonl").read_text().splitlines()]
+    assert [(row["model"], row["ability"]) for row in said] == [
+        (model, ability) for model in ("model", "model/reasoner") for ability in ("seen", "unseen")
+    ]
+    assert said[0] == {
+        "model": "model",
+        "ability": "seen",
+        "where": "abilities/seen/data.jsonl, line 1",
+        "image": "abilities/seen/1.png",
+        "question": "drink",
+        "true": ["cup"],
+        "said": 'A desk.\nTargets: ["cup"]',
+        "score": 1.0,
+    }
+
+
+def test_abilities_of_several_folders_stay_apart(run: Callable[..., Result], tiny_reasoner_folder: Path) -> None:
+    for place in ("a", "b"):
+        write(Path(place), counting=[counting("drink", "1")])
+    shown = run("a", "b", "-m", tiny_reasoner_folder, "--limit", "1").stdout
+    assert "| a · counting | 1 |" in shown and "| b · counting | 1 |" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere holds no abilities"),
+        (["nowhere", "--masks"], "leave --masks out"),
+        (["nowhere", "--split", "val", "--report", "r.html"], "leave --split, --report out"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_model_loads(
+    run: Callable[..., Result], arguments: list[str], message: str
+) -> None:
+    ran = run(*arguments, "-m", "no-such-model")
+    assert ran.exit_code == 1
+    assert message in ran.stderr
+
+
+def test_a_model_that_is_not_there_is_told(run: Callable[..., Result]) -> None:
+    asked_in_two_ways(Path("abilities"))
+    ran = run("abilities", "-m", "no-such-model")
+    assert ran.exit_code == 1
+    assert "there is no model folder 'no-such-model'" in ran.stderr

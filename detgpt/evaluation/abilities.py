@@ -69,11 +69,11 @@ class Ability:
 
 @dataclass(frozen=True)
 class AbilityResult:
-    """The mean score over `n` questions, and Wilson's 95% interval about it."""
+    """The mean score over `n` questions and its 95% interval, Wilson's; a harness may know none."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n: int
 
     @classmethod
@@ -115,13 +115,19 @@ def evaluate_abilities(
 
 def load_answering(model: str | Path | Reasoner | DetGPT, **loading: Any) -> Reasoner:
     """The reasoner of a pair, of a checkpoint, or itself. loading: device and dtype, as in `load_reasoner`."""
-    if not isinstance(model, (str, Path)):
-        reasoner: Any = getattr(model, "reasoner", model)
-        return load_reasoner(reasoner)
+    if isinstance(model, (str, Path)):
+        reasoner, base_url = answering(model)
+        return load_reasoner(reasoner, base_url=base_url, **loading)
+    part: Any = getattr(model, "reasoner", model)
+    return load_reasoner(part)
+
+
+def answering(model: str | Path) -> tuple[str, str | None]:
+    """The reasoner of a pair, or the checkpoint itself; and the server that runs it, if one does."""
     if str(model) not in PAIRS and not (Path(model) / PAIR_FILE).is_file():
-        return load_reasoner(model, **loading)
+        return str(model), None
     pair = resolve(model)
-    return load_reasoner(pair.reasoner, base_url=pair.base_url, **loading)
+    return pair.reasoner, pair.base_url
 
 
 def read_abilities(folder: str | Path, *, limit: int | None = None) -> dict[str, Ability]:
