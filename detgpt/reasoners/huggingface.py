@@ -184,7 +184,7 @@ class HuggingFaceReasoner:
         on_text: Callable[[str], None] | None = None,
         abandoned: threading.Event | None = None,
     ) -> list[RawAnswer]:
-        images = [image_key(request.image) for request in requests]
+        images = [image_key(request.image) if request.image else None for request in requests]
         with self._lock, torch.inference_mode():
             inputs = self._encode(requests)
             thinks = [self._opens_thought(ids) for ids in inputs["input_ids"]]
@@ -203,7 +203,7 @@ class HuggingFaceReasoner:
             self._run(images, inputs, max_new_tokens, **hooks)
             return recorder.answers()
 
-    def _run(self, images: list[str], inputs: Any, max_new_tokens: int, **hooks: Any) -> None:
+    def _run(self, images: list[str | None], inputs: Any, max_new_tokens: int, **hooks: Any) -> None:
         with explained_when_short_of_memory(self.name, MEMORY_REMEDIES):
             try:
                 arguments = self._prefixes.resume(images, inputs, max_new_tokens)
