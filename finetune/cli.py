@@ -16,6 +16,7 @@ import typer
 
 from detgpt import terminal
 from detgpt.errors import StoppedError
+from finetune.averaging.cli import average
 from finetune.data.cli import app as data_app
 
 TERMINATED = 143  # what a shell says of a process that SIGTERM ended
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.command()(average)
 
 
 @app.command()

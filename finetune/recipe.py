@@ -33,6 +33,7 @@ STAGES = {
     "instruct": "finetune.stages.instruct",
     "pretrain": "finetune.stages.pretrain",
     "detector": "finetune.stages.detector",
+    "hma": "finetune.averaging.hma",
     **{f"picto.{step}": f"finetune.picto.{step}" for step in ("world", "backbone", "tower", "lessons", "export")},
 }
 

@@ -119,11 +119,15 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_folder(folder: Path, write: Callable[[Path], Any]) -> Path:
-    """Let `write` fill a folder beside `folder`, which takes its place when it is whole."""
+    """Let `write` fill a folder beside `folder`, which takes its place when it is whole, or goes if it fails."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    write(partial)
+    try:
+        write(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return folder
