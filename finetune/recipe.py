@@ -33,6 +33,7 @@ STAGES = {
     "instruct": "finetune.stages.instruct",
     "pretrain": "finetune.stages.pretrain",
     "detector": "finetune.stages.detector",
+    "dpo": "finetune.preference.dpo",
     **{f"picto.{step}": f"finetune.picto.{step}" for step in ("world", "backbone", "tower", "lessons", "export")},
 }
 
