@@ -34,6 +34,7 @@ STAGES = {
     "pretrain": "finetune.stages.pretrain",
     "detector": "finetune.stages.detector",
     "dpo": "finetune.preference.dpo",
+    "raft": "finetune.preference.raft",
     **{f"picto.{step}": f"finetune.picto.{step}" for step in ("world", "backbone", "tower", "lessons", "export")},
 }
 

@@ -58,9 +58,7 @@ def sample(
     """
     if temperature == 0 and count > 1:
         raise InputError(f"count={count} answers at temperature=0 would all be the same: give a higher temperature")
-    for record in records:
-        if record.get("instruction") is None or record.get("image") is None:
-            raise InputError(f"{record.get('where') or 'a record'}: only a wish about an image can be answered here")
+    check_wishes(records)
     chance = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     longest_first = sorted(range(len(records)), key=lambda i: -len(records[i]["instruction"]))
     answers: dict[int, list[str]] = {}
@@ -78,6 +76,13 @@ def sample(
             answers |= {i: texts[n * count : (n + 1) * count] for n, i in enumerate(rows)}
             progress(len(answers) * count, len(records) * count)
     return [answers[i] for i in range(len(records))]
+
+
+def check_wishes(records: Sequence[Mapping[str, Any]]) -> None:
+    """Raises `InputError`, which names the first record that is no wish about an image."""
+    for record in records:
+        if record.get("instruction") is None or record.get("image") is None:
+            raise InputError(f"{record.get('where') or 'a record'}: only a wish about an image can be answered here")
 
 
 def distinct_2(answers: Sequence[str]) -> float:
