@@ -35,6 +35,7 @@ STAGES = {
     "detector": "finetune.stages.detector",
     "dpo": "finetune.preference.dpo",
     "raft": "finetune.preference.raft",
+    "iterative_dpo": "finetune.preference.iterative_dpo",
     **{f"picto.{step}": f"finetune.picto.{step}" for step in ("world", "backbone", "tower", "lessons", "export")},
 }
 

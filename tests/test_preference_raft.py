@@ -20,7 +20,9 @@ from finetune.batching import IGNORED
 from finetune.data.records import load_records
 from finetune.encoding import RecordEncoder
 from finetune.loading import load
+from finetune.preference.encoding import load_preferences
 from finetune.preference.iterations import of_iteration
+from finetune.preference.pairs import pairs
 from finetune.preference.raft import best, top
 from finetune.preference.samples import fallen, measured
 from finetune.recipe import find_recipe, read_recipe, run_recipe
@@ -197,6 +199,37 @@ def test_the_best_of_each_wish_or_of_all():
     assert measured(SAMPLES)["best_reward"] == pytest.approx((1 + 0.2 + 2) / 3)
 
 
+def test_pairs_of_a_better_and_a_worse_answer():
+    rows = pairs(SAMPLES, "max_min")
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [("b", "d"), ("i", "j")]  # all alike makes no pair
+    drawn = [pairs(SAMPLES, "max_random", seed=seed)[0] for seed in range(20)]
+    assert {(row["chosen"], row["rejected"]) for row in drawn} == {("b", "a"), ("b", "d")}
+    assert pairs(SAMPLES, "max_random", seed=3) == pairs(SAMPLES, "max_random", seed=3)
+
+
+def test_iterative_dpo_prefers_the_better_of_its_own_answers(wishes, tmp_path):
+    run = tmp_path / "run"
+    settings = [
+        "prompts=6",
+        "iterations=2",
+        "trainer.num_train_epochs=3",
+        "trainer.logging_steps=1",
+        "sampling.count=4",
+        *TRAINER,
+    ]
+    run_recipe("iterative-dpo-picto", [f"train={wishes}", f"output={run}", *settings])
+    drawn = [[row["record"] for row in lines(run / f"iterations/{n}/samples.jsonl")] for n in ("01", "02")]
+    assert [len(set(records)) for records in drawn] == [6, 6] and drawn[0] != drawn[1]  # none twice, others each time
+    for number in ("01", "02"):
+        place = run / "iterations" / number
+        samples = {row["instruction"]: row for row in lines(place / "samples.jsonl")}
+        worth = {key: dict(zip(row["answers"], row["rewards"], strict=True)) for key, row in samples.items()}
+        for pair in load_preferences(place / "chosen"):
+            assert worth[pair["instruction"]][pair["chosen"]] > worth[pair["instruction"]][pair["rejected"]]
+        assert json.loads((place / "run.json").read_text())["metrics"]["rewards/margins"] > 0
+    assert same(weights(run), weights(run / "iterations/02"))
+
+
 def test_what_changes_the_first_checkpoint_is_not_done_twice():
     overrides = ["rope_scaling.factor=2", "revision=main", "language=lora", "lora.r=4"]
     config = read_recipe(find_recipe("raft-picto"), overrides)
@@ -216,3 +249,9 @@ def test_what_cannot_be_done_is_said_before_anything_is(wishes, tmp_path):
     with pytest.raises(InputError, match="line 1: only a wish about an image"):
         run_recipe("raft-picto", [f"train={tmp_path}", f"output={output}", "prompts=null"])
     assert not output.exists()
+
+
+def test_where_no_answer_is_better_there_is_nothing_to_prefer(wishes, tmp_path):
+    settings = [f"train={wishes}", f"output={tmp_path / 'run'}", "prompts=1", "sampling.count=1"]
+    with pytest.raises(InputError, match="of no wish is one answer better than another"):
+        run_recipe("iterative-dpo-picto", settings)

@@ -24,18 +24,23 @@ from finetune.stages.reasoner import PartsConfig, Paths, has_adapters, train
 from finetune.tuning import Group
 
 
-class Config(PartsConfig):
-    """Settings of the stage.
+class PreferenceConfig(PartsConfig):
+    """Settings of a stage that learns from preferences.
 
-    train, validation: folders of records with `chosen` and `rejected`. beta: how dear it is to move away from the
-    model that the run begins with. loss: one of TRL's, or several, which are added up. trainer: TRL's DPOConfig.
+    beta: how dear it is to move away from the model that the training begins with. loss: one of TRL's, or several,
+    which are added up. trainer: TRL's DPOConfig.
     """
 
     arguments: ClassVar[type[TrainingArguments]] = DPOConfig
 
-    stage: Literal["dpo"] = "dpo"
     beta: float = Field(default=0.1, gt=0)
     loss: str | list[str] = "sigmoid"
+
+
+class Config(PreferenceConfig):
+    """Settings of the stage; train, validation: folders of records with `chosen` and `rejected`."""
+
+    stage: Literal["dpo"] = "dpo"
 
 
 def run(config: Config) -> None:
