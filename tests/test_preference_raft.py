@@ -24,6 +24,7 @@ from finetune.preference.encoding import load_preferences
 from finetune.preference.iterations import of_iteration
 from finetune.preference.pairs import pairs
 from finetune.preference.raft import best, top
+from finetune.preference.rewards import RewardSettings
 from finetune.preference.samples import fallen, measured
 from finetune.recipe import find_recipe, read_recipe, run_recipe
 from finetune.stages import instruct
@@ -85,6 +86,15 @@ def test_the_reward_rises_and_the_best_answers_are_better_than_the_first(aligned
         assert found["selected_reward"] == found["best_reward"] >= found["reward"]
         assert [len(row["answers"]) for row in samples] == [len(row["rewards"]) for row in samples] == [4] * len(UNSURE)
     assert json.loads((run / "run.json").read_text())["metrics"]["reward"] == numbers[-1]["reward"]
+
+
+def test_every_answer_has_the_reward_of_its_own_wish(aligned, wishes):
+    run, _ = aligned
+    records, reward = load_records(wishes), RewardSettings().build()
+    for row in lines(run / "iterations/01/samples.jsonl"):
+        record = records[row["record"]]
+        assert row["instruction"] == record["instruction"] and row["image"] == record["image"]
+        assert reward(row["answers"], [record] * 4) == row["rewards"]
 
 
 def test_an_iteration_is_a_pair_and_the_last_one_is_the_result(aligned, wishes):
