@@ -34,6 +34,9 @@ STAGES = {
     "pretrain": "finetune.stages.pretrain",
     "detector": "finetune.stages.detector",
     "hma": "finetune.averaging.hma",
+    "dpo": "finetune.preference.dpo",
+    "raft": "finetune.preference.raft",
+    "iterative_dpo": "finetune.preference.iterative_dpo",
     **{f"picto.{step}": f"finetune.picto.{step}" for step in ("world", "backbone", "tower", "lessons", "export")},
 }
 

@@ -108,15 +108,16 @@ class HuggingFaceReasoner:
             self._drafts = self._load_drafts(os.fspath(assistant), options)
 
     @classmethod
-    def of(cls, model: Any, processor: Any, name: str) -> HuggingFaceReasoner:
-        """A reasoner of a loaded model and its processor, such as one in training; nothing is kept between requests.
+    def of(cls, model: Any, processor: Any, name: str, *, kept_images: int = 0) -> HuggingFaceReasoner:
+        """A reasoner of a loaded model and its processor, such as one in training, whose weights may change between
+        requests where no images are kept.
 
         The model answers as it is (call its `eval` before), and its `generation_config` becomes plain greedy decoding.
         Raises `ModelError` for a processor without an image processor, a tokenizer or a chat template.
         """
         _check_processor(processor, name)
         reasoner = cls.__new__(cls)
-        reasoner._take(model, processor, name, kept_images=0)
+        reasoner._take(model, processor, name, kept_images)
         return reasoner
 
     def _take(self, model: Any, processor: Any, name: str, kept_images: int) -> None:
