@@ -37,7 +37,10 @@ STAGES = {
     "dpo": "finetune.preference.dpo",
     "raft": "finetune.preference.raft",
     "iterative_dpo": "finetune.preference.iterative_dpo",
-    **{f"picto.{step}": f"finetune.picto.{step}" for step in ("world", "backbone", "tower", "lessons", "export")},
+    **{
+        f"picto.{step}": f"finetune.picto.{step}"
+        for step in ("world", "backbone", "tower", "lessons", "export", "talks", "wishes")
+    },
 }
 
 

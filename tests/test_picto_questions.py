@@ -12,8 +12,8 @@ from detgpt.evaluation.abilities import read_abilities
 from finetune.picto import exam
 from finetune.picto.knowledge import load_knowledge
 from finetune.picto.language import Wishes
-from finetune.picto.lessons import Conversations
 from finetune.picto.questions import counting, fact
+from finetune.picto.talks import Conversations
 
 COUNTS = {"dog": 2, "soda": 1, "cat": 1, "scissors": 1}
 

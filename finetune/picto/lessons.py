@@ -2,8 +2,8 @@
 
 Two sets of records over the scenes of a world, without copies of the pictures: `captions/` (everything in a scene, in
 reading order) and `conversations/` (wishes and their answers, with follow-ups and counting, and questions about things
-at all, without a picture). And `reasoner/`: a fresh model on the
-tower, whose tokenizer knows the words of these lessons.
+at all, without a picture). And `reasoner/`: a fresh model on the tower, whose tokenizer knows the words of these
+lessons.
 
 An answer names what the tower can tell and no more: made to name what it cannot see, a reasoner learns to guess, and
 its guesses follow the wish.
@@ -14,8 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -26,16 +25,12 @@ from finetune import rundir
 from finetune.picto.dense import pixels
 from finetune.picto.fresh import write_reasoner
 from finetune.picto.knowledge import load_knowledge
-from finetune.picto.language import Wish, Wishes, WishSampler, answer, as_typed, seen
-from finetune.picto.questions import counting, fact
+from finetune.picto.language import Wishes
+from finetune.picto.talks import FACTS, Conversations, Exchange, messages
 from finetune.picto.tower import WEIGHTS, DenseTower, look_at
 from finetune.picto.world import Picture, World
 from finetune.recipe import StageConfig
 
-NOTHING_FITS = 0.32  # share of wishes that nothing fulfils: more than people ask, for "no" is the hardest to learn
-COUNTING = 0.12  # share of exchanges
-FACTS = 0.15  # records without a picture, per record with one; each asks FACTS_EACH questions
-FACTS_EACH = 8
 RECOGNISED = 0.35  # least score of the tower for a thing that an answer names
 
 
@@ -46,50 +41,6 @@ class Config(StageConfig):
     world: Path
     tower: Path
     rounds: int = 1
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """One wish about a scene and its answer."""
-
-    wish: str
-    answer: str
-
-
-class Conversations:
-    """Draws conversations about scenes."""
-
-    def __init__(self, wishes: Wishes):
-        self.knowledge = wishes.knowledge
-        self.sampler = WishSampler(wishes, nothing_fits=NOTHING_FITS)
-
-    def caption(self, rng: np.random.Generator, place: str, present: Mapping[str, int]) -> list[Exchange]:
-        """Everything in a scene; `present` are the names that an answer may say, in reading order, and their counts."""
-        wish = self.sampler.draw(rng, list(present), "everything")
-        return [Exchange(as_typed(rng, wish.text), answer(place, list(present), wish))]
-
-    def talk(self, rng: np.random.Generator, place: str, present: Mapping[str, int]) -> list[Exchange]:
-        """Three to eight exchanges: many, for each is another lesson in reading from the list that the first answer
-        begins with."""
-        names = list(present)
-        exchanges: list[Exchange] = []
-        wish: Wish | None = None
-        for turn in range(int(rng.integers(3, 9))):
-            if rng.random() < COUNTING:
-                wish = None
-                question = counting(rng, self.knowledge, present)
-                said = question.answer if turn else f"{seen(place, names)} {question.answer}"
-                exchanges.append(Exchange(as_typed(rng, question.text), said))
-                continue
-            narrower = self.sampler.follow_up(rng, wish, names) if wish and rng.random() < 0.3 else None
-            wish = narrower or self.sampler.draw(rng, names)
-            exchanges.append(Exchange(as_typed(rng, wish.text), answer(place, names, wish, first=turn == 0)))
-        return exchanges
-
-    def facts(self, rng: np.random.Generator) -> list[Exchange]:
-        """Questions that need no picture."""
-        questions = [fact(rng, self.knowledge) for _ in range(FACTS_EACH)]
-        return [Exchange(as_typed(rng, question.text), question.answer) for question in questions]
 
 
 def run(config: Config) -> None:
@@ -105,7 +56,7 @@ def run(config: Config) -> None:
     readable = [_readable(picture, row, names) for picture, row in zip(world.pictures, scores, strict=True)]
 
     def record(folder: Path, index: int, exchanges: Sequence[Exchange]) -> dict:
-        return {"image": os.path.relpath(world.pictures[index].file, folder), "messages": _messages(exchanges)}
+        return {"image": os.path.relpath(world.pictures[index].file, folder), "messages": messages(exchanges)}
 
     def captions(folder: Path) -> Iterator[dict]:
         for i, picture in enumerate(world.pictures):
@@ -118,7 +69,7 @@ def run(config: Config) -> None:
                 rng = np.random.default_rng((config.seed, i, turn, 6))
                 yield record(folder, i, conversations.talk(rng, picture.place, readable[i]))
                 if rng.random() < FACTS:
-                    yield {"messages": _messages(conversations.facts(rng))}
+                    yield {"messages": messages(conversations.facts(rng))}
 
     _write(config.output / "captions", captions(config.output / "captions"))
     _write(config.output / "conversations", talks(config.output / "conversations"))
@@ -127,11 +78,6 @@ def run(config: Config) -> None:
     texts = _texts(config.output / "conversations")
     rundir.write_folder(config.output / "reasoner", lambda place: write_reasoner(place, texts, eyes, some))
     rundir.finish(config.output, {})
-
-
-def _messages(exchanges: Sequence[Exchange]) -> list[dict[str, str]]:
-    said = ((("user", exchange.wish), ("assistant", exchange.answer)) for exchange in exchanges)
-    return [{"role": role, "content": text} for turns in said for role, text in turns]
 
 
 def _readable(picture: Picture, scores: np.ndarray, names: Sequence[str]) -> dict[str, int]:

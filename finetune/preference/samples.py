@@ -64,8 +64,9 @@ def record_of(sampled: Sampled, **said: str) -> Row:
 
 
 def write_records(folder: Path, rows: Iterable[Row]) -> None:
-    """Write records for `finetune.data.records`, whose images stay where they are."""
-    write_lines(folder / DATA_FILE, [{**row, "image": os.path.relpath(row["image"], folder)} for row in rows])
+    """Write records for `finetune.data.records`, whose images, if they have any, stay where they are."""
+    moved = ({**row, "image": row.get("image") and os.path.relpath(row["image"], folder)} for row in rows)
+    write_lines(folder / DATA_FILE, moved)
 
 
 def write_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
