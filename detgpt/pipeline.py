@@ -228,7 +228,7 @@ class DetGPT:
                 if not answer.problem:
                     parsed[i] = replace(answer, reasoning=answer.reasoning or parsed[i].reasoning)
                     raws[i] = raw
-        images, instructions = [r.image for r in requests], [r.instruction for r in requests]
+        images, instructions = [r.image for r in requests if r.image], [r.instruction for r in requests]
         while True:
             try:
                 return self._ground(images, instructions, parsed, raws, options)

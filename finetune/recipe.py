@@ -34,7 +34,13 @@ STAGES = {
     "pretrain": "finetune.stages.pretrain",
     "detector": "finetune.stages.detector",
     "hma": "finetune.averaging.hma",
-    **{f"picto.{step}": f"finetune.picto.{step}" for step in ("world", "backbone", "tower", "lessons", "export")},
+    "dpo": "finetune.preference.dpo",
+    "raft": "finetune.preference.raft",
+    "iterative_dpo": "finetune.preference.iterative_dpo",
+    **{
+        f"picto.{step}": f"finetune.picto.{step}"
+        for step in ("world", "backbone", "tower", "lessons", "export", "talks", "wishes")
+    },
 }
 
 

@@ -53,6 +53,14 @@ def test_the_picture_is_looked_at(model: DetGPT) -> None:
     assert len(probabilities) == len(PICTURES)
 
 
+def test_a_question_without_a_picture_goes_to_the_language_model_alone(model: DetGPT) -> None:
+    together = [answer.text for answer in model.reasoner.reason([Request(None, w) for w in WISHES], max_new_tokens=12)]
+    alone = [model.reasoner.reason([Request(None, wish)], max_new_tokens=12)[0].text for wish in WISHES]
+    assert together == alone
+    seen = model.reasoner.reason([Request(PICTURES[0], WISHES[2])], max_new_tokens=12)[0].text
+    assert seen != alone[2]
+
+
 def test_a_stream_adds_up_to_the_answer(model: DetGPT) -> None:
     *pieces, result = model.stream(PICTURES[0], WISHES[2])
     assert isinstance(result, Detections)

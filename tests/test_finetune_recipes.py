@@ -11,11 +11,13 @@ from finetune.recipe import RECIPES, find_recipe, read_recipe, read_yaml, run_re
 
 FAMILY_OF = {
     "instruct-picto": None,  # it is small enough itself
+    "dpo-picto": None,
     "qwen3-vl-2b-lora": "Qwen3-VL",
     "llava-1.5-7b/align": "LLaVA 1.5",
     "llava-1.5-7b/instruct": "LLaVA 1.5",
 }
-STAGES = ("align", "instruct", "pretrain")
+STAGES = ("align", "instruct", "pretrain", "dpo")
+ANSWERS = {"chosen": 'A desk.\nTargets: ["cup"]', "rejected": "Targets: []"}
 
 
 def shipped() -> list[str]:
@@ -31,6 +33,7 @@ def test_a_recipe_runs_on_a_tiny_model_of_its_family(name, tmp_path):
     build = FAMILIES[FAMILY_OF[name]] if FAMILY_OF[name] else None
     Image.effect_noise((48, 32), 80).convert("RGB").save(tmp_path / "1.png")
     record = {"image": "1.png", "instruction": "I am thirsty", "targets": ["cup"]}
+    record |= ANSWERS if name.startswith("dpo") else {}
     (tmp_path / "data.jsonl").write_text(json.dumps(record))
     overrides = [f"train={tmp_path}", f"output={tmp_path / 'run'}", "trainer.max_steps=2"]
     run_recipe(name, overrides + ([f"model={build(tmp_path / 'tiny')}"] if build else []))

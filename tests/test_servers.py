@@ -178,6 +178,12 @@ def test_a_wish_may_go_as_it_is(serve: Serve) -> None:
     assert [asked["messages"][0]["content"][1]["text"] for asked in server.asked] == ["drink", "drink"]
 
 
+def test_a_question_without_a_picture_goes_as_text(serve: Serve) -> None:
+    server = serve()
+    OpenAIReasoner("vlm", server.url).reason([Request(None, "is water wet", verbatim=True)])
+    assert server.asked[0]["messages"][0]["content"] == [{"type": "text", "text": "is water wet"}]
+
+
 def test_a_servers_stream_adds_up_to_the_answer(serve: Serve) -> None:
     reasoner = OpenAIReasoner("vlm", serve().url)
     pieces, answer = read(reasoner.stream(ask("drink")))

@@ -11,7 +11,7 @@ import typer
 
 from detgpt import terminal
 from detgpt.errors import InputError
-from detgpt.evaluation import evaluate, table
+from detgpt.evaluation import comparing, evaluate, table
 from detgpt.evaluation.building import Plan, build
 from detgpt.evaluation.readers import FORMATS, read_dataset
 from detgpt.evaluation.samples import Samples
@@ -41,6 +41,9 @@ def eval_command(
     worst: Annotated[int, typer.Option(min=0, help="Cases to draw of each run.")] = 24,
     tiles: Annotated[int | None, typer.Option(help="Look at so many parts along a side too.")] = None,
     masks: Annotated[bool, typer.Option("--masks", help="Also measure outlines, by SAM 2.")] = False,
+    abilities: Annotated[
+        bool, typer.Option("--abilities", help="DATA are questions to the reasoners alone, or tasks of a harness.")
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
     debug: Debug = False,
@@ -52,8 +55,21 @@ def eval_command(
     detgpt eval wishes.jsonl --annotations instances_val2017.json --images val2017/ -m base
 
     detgpt eval "refcoco/refs(unc).p" --split testA --images train2014/ -m base
+
+    detgpt eval --abilities abilities/ -m before/ -m after/
     """
     with terminal.reporting(debug):
+        if abilities:
+            for_wishes = {"format": format, "annotations": annotations, "images": images, "split": split}
+            _refuse(**for_wishes, report=report, tiles=tiles, masks=masks or None)
+            loading = {"device": device, "dtype": dtype}
+            compared = comparing.compare(data, model or ["picto"], limit, batch_size, loading, debug)
+            typer.echo(compared.table())
+            if output:
+                _write(output, json.dumps(compared.to_dict(), indent=2) + "\n")
+            if samples:
+                _write(samples, compared.lines())
+            return
         places: dict[str, Any] = {"annotations": annotations, "images": images, "split": split}
         datasets = {path: read_dataset(path, format=format, limit=limit, **places) for path in data}
         for note in (note for dataset in datasets.values() for note in dataset.notes):
@@ -117,6 +133,12 @@ def bench_build_command(
             about = build(writer, annotations, images, output, plan, batch_size=batch_size, progress=progress)
         terminal.note(f"wrote {output}")
         terminal.print_json(about["counts"])
+
+
+def _refuse(**options: Any) -> None:
+    """Raise `InputError` for options that are about wishes."""
+    if given := [f"--{name}" for name, value in options.items() if value is not None]:
+        raise InputError(f"--abilities asks questions and finds nothing: leave {', '.join(given)} out")
 
 
 def _title(path: Path, data: list[Path], split: str | None) -> str:

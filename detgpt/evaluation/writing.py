@@ -87,14 +87,26 @@ class Names:
 
     def find(self, name: str) -> str | None:
         """The thing that `name` means, ignoring case, article and a plural; None where it is none of them."""
-        said = _folded(name)
-        forms = (said, said.removesuffix("s"), said.removesuffix("es"))
-        return next((self._meanings[form] for form in forms if form in self._meanings), None)
+        return self._meaning(_folded(name))
 
-    def said_in(self, text: str) -> bool:
-        """Whether `text` says the name of one of the things."""
-        words = f" {_folded(text)} "
-        return any(f" {name}{plural} " in words for name in self._meanings for plural in ("", "s", "es"))
+    def said_in(self, text: str) -> frozenset[str]:
+        """The things that `text` names; of overlapping names the longest counts: ice cream says nothing of ice."""
+        words = _folded(text).split()
+        longest = max((name.count(" ") + 1 for name in self._meanings), default=0)
+        things: set[str] = set()
+        start = 0
+        while start < len(words):
+            for end in range(min(start + longest, len(words)), start, -1):
+                if thing := self._meaning(" ".join(words[start:end])):
+                    things.add(thing)
+                    start = end - 1
+                    break
+            start += 1
+        return frozenset(things)
+
+    def _meaning(self, said: str) -> str | None:
+        singulars = (said, said.removesuffix("s"), said.removesuffix("es"), re.sub("ies$", "y", said))
+        return next((self._meanings[form] for form in singulars if form in self._meanings), None)
 
 
 def read_wishes(text: str, names: Names) -> tuple[list[Wish], dict[str, int]]:
@@ -174,6 +186,6 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
 
 
 def _folded(text: str) -> str:
-    """Words in lower case without punctuation and articles, to compare by."""
+    """Words in lower case without punctuation and articles, to compare by; an article alone stays, as option "A"."""
     words = re.findall(r"\w+", text.casefold())
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
+    return " ".join([word for word in words if word not in ("a", "an", "the")] or words)

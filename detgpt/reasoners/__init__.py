@@ -28,12 +28,13 @@ class Turn:
 class Request:
     """An RGB image, what the user wants, and what was said about this image before (oldest first).
 
+    image: None asks the language model alone. A batch has images in all of its requests, or in none.
     verbatim: the instruction is a prompt of its own; the three steps and the answer's form are not added.
 
     Raises `InputError` for an instruction without text.
     """
 
-    image: Image.Image
+    image: Image.Image | None
     instruction: str
     history: tuple[Turn, ...] = ()
     verbatim: bool = False

@@ -108,15 +108,16 @@ class HuggingFaceReasoner:
             self._drafts = self._load_drafts(os.fspath(assistant), options)
 
     @classmethod
-    def of(cls, model: Any, processor: Any, name: str) -> HuggingFaceReasoner:
-        """A reasoner of a loaded model and its processor, such as one in training; nothing is kept between requests.
+    def of(cls, model: Any, processor: Any, name: str, *, kept_images: int = 0) -> HuggingFaceReasoner:
+        """A reasoner of a loaded model and its processor, such as one in training, whose weights may change between
+        requests where no images are kept.
 
         The model answers as it is (call its `eval` before), and its `generation_config` becomes plain greedy decoding.
         Raises `ModelError` for a processor without an image processor, a tokenizer or a chat template.
         """
         _check_processor(processor, name)
         reasoner = cls.__new__(cls)
-        reasoner._take(model, processor, name, kept_images=0)
+        reasoner._take(model, processor, name, kept_images)
         return reasoner
 
     def _take(self, model: Any, processor: Any, name: str, kept_images: int) -> None:
@@ -184,7 +185,7 @@ class HuggingFaceReasoner:
         on_text: Callable[[str], None] | None = None,
         abandoned: threading.Event | None = None,
     ) -> list[RawAnswer]:
-        images = [image_key(request.image) for request in requests]
+        images = [image_key(request.image) if request.image else None for request in requests]
         with self._lock, torch.inference_mode():
             inputs = self._encode(requests)
             thinks = [self._opens_thought(ids) for ids in inputs["input_ids"]]
@@ -203,7 +204,7 @@ class HuggingFaceReasoner:
             self._run(images, inputs, max_new_tokens, **hooks)
             return recorder.answers()
 
-    def _run(self, images: list[str], inputs: Any, max_new_tokens: int, **hooks: Any) -> None:
+    def _run(self, images: list[str | None], inputs: Any, max_new_tokens: int, **hooks: Any) -> None:
         with explained_when_short_of_memory(self.name, MEMORY_REMEDIES):
             try:
                 arguments = self._prefixes.resume(images, inputs, max_new_tokens)

@@ -212,13 +212,12 @@ class OpenAIReasoner:
         return 0.5 * 2**tried if isinstance(error, (self._openai.APIConnectionError, EOFError)) else None
 
     def _messages(self, request: Request) -> list[Any]:
-        """The conversation; the picture stands in its first message."""
+        """The conversation; the picture, if there is one, stands in its first message."""
         first, *later = [turn.instruction for turn in request.history] + [request.instruction]
         bare = self._prompt == "bare" or request.verbatim
-        content = [
-            {"type": "image_url", "image_url": {"url": self._data_url(request.image)}},
-            {"type": "text", "text": first if bare else format_instruction(first)},
-        ]
+        content: list[Any] = [{"type": "text", "text": first if bare else format_instruction(first)}]
+        if request.image is not None:
+            content.insert(0, {"type": "image_url", "image_url": {"url": self._data_url(request.image)}})
         messages: list[Any] = [{"role": "user", "content": content}]
         for turn, instruction in zip(request.history, later, strict=True):
             messages.append({"role": "assistant", "content": turn.answer})

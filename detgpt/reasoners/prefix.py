@@ -52,8 +52,10 @@ class KeptPrefixes:
         self._limit = limit if _can_resume(model) else 0
         self._kept: dict[str, _Kept] = {}  # by image key, the latest last
 
-    def rows_to_run_first(self, images: Sequence[str]) -> list[int]:
+    def rows_to_run_first(self, images: Sequence[str | None]) -> list[int]:
         """A row for each image of a batch that its other rows should find kept; none where that gains nothing."""
+        if None in images:
+            return []
         distinct = dict.fromkeys(images)
         unknown = [image for image in distinct if image not in self._kept]
         nothing_shared = len(unknown) == len(images)
@@ -61,12 +63,13 @@ class KeptPrefixes:
             return []
         return [images.index(image) for image in unknown]
 
-    def resume(self, images: Sequence[str], inputs: Any, max_new_tokens: int) -> dict[str, Any]:
+    def resume(self, images: Sequence[str | None], inputs: Any, max_new_tokens: int) -> dict[str, Any]:
         """Arguments for `generate`: from where the kept prefixes end, or the whole inputs where one is missing.
 
-        images: an `image_key` per row. inputs: of the processor, padded on the left.
+        images: an `image_key` per row; with None among them nothing is kept or used.
+        inputs: of the processor, padded on the left.
         """
-        if not self._limit:
+        if not self._limit or None in images:
             return dict(inputs)
         cache = _recording_cache(self._model)
         whole = {**inputs, "cache": cache}
@@ -91,16 +94,16 @@ class KeptPrefixes:
             self._model.base_model.rope_deltas = None  # the last call's; `generate` trusts them unless they are gone
         return {**_take_columns(inputs, columns, self._model.generation_config.pad_token_id), "cache": cache}
 
-    def keep(self, images: Sequence[str], arguments: dict[str, Any], sequences: torch.Tensor) -> None:
+    def keep(self, images: Sequence[str | None], arguments: dict[str, Any], sequences: torch.Tensor) -> None:
         """Keep what `generate` ran with the arguments of `resume` and returned: (B, prompt and answer)."""
-        if not self._limit:
+        if "cache" not in arguments:
             return
         cache, mask = arguments["cache"], arguments["attention_mask"]
         length = cache.get_seq_length()
         if any(layer.keys.shape[-2] < length for layer in cache.layers):
             return  # `generate` cuts sliding layers to their window on some devices (mps)
         ran = pad(mask, (0, length - mask.shape[1]), value=1).bool()
-        last_rows = {image: row for row, image in enumerate(images)}
+        last_rows = {image: row for row, image in enumerate(images) if image is not None}
         for image, row in list(last_rows.items())[-self._limit :]:
             slots = ran[row].nonzero()[:, 0]
             layers = [

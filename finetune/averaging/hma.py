@@ -135,7 +135,7 @@ def solve(
 ) -> list[float]:
     """The ratios that make the samples likeliest (Eqs. 8 and 9), by projected gradient ascent from equal ones.
 
-    Steps go straight uphill and are as long as `learning_rate` says, less and less, whatever the likelihood's scale.
+    Steps go straight uphill, `learning_rate` long at first, then shorter, so the likelihood's scale does not matter.
     """
     ratios = torch.full((config.groups,), config.mean, dtype=torch.float64)
     with terminal.progress("ratios") as move:

@@ -9,8 +9,6 @@ truth: `eval_f1_50` (F1 of boxes at an IoU of 0.5) and `eval_names_f1`. A fallin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from detgpt.evaluation import evaluate, read_dataset
 from detgpt.models import OWN_BOXES, load_detector
 from detgpt.pipeline import Options
 from detgpt.reasoners.huggingface import HuggingFaceReasoner
+from finetune.answering import answering
 from finetune.recipe import Settings
 
 
@@ -66,21 +65,9 @@ class DetectionMetrics(TrainerCallback):
         kwargs["metrics"].update(found[0])  # here the trainer looks for metric_for_best_model
 
     def _detect(self) -> dict[str, float]:
-        with _answering(self._trainer.model) as model:
+        with answering(self._trainer.model) as model:
             reasoner = HuggingFaceReasoner.of(model, self._trainer.processing_class, "the model in training")
             pair = DetGPT(reasoner, self._detector, options=self._options)
             results = evaluate(pair, self._data, batch_size=self._settings.batch_size, detector_alone=False)
         numbers = {"eval_f1_50": results["end_to_end"]["f1_50"], "eval_names_f1": results["reasoner"]["f1"]}
         return {name: value or 0.0 for name, value in numbers.items()}
-
-
-@contextmanager
-def _answering(model: Any) -> Iterator[Any]:
-    """The model without dropout, and afterwards as it was."""
-    training, decoding = model.training, model.generation_config
-    model.eval()
-    try:
-        yield model
-    finally:
-        model.generation_config = decoding
-        model.train(training)

@@ -2,6 +2,7 @@
 
     step 20 of 200: loss 1.2345, 5,120 tokens/s, 12.3 images/s, 0:03:20 left
 
+Where answers are compared or scored, it has the margin, the accuracy or the reward as well.
 Tokens are those of the examples, not of padding; both rates are of all processes together. They go into the logs, so
 TensorBoard has them too.
 """
@@ -18,6 +19,9 @@ from accelerate.utils import reduce
 from transformers import TrainerCallback
 
 from detgpt import terminal
+
+# What a line shows of a trainer's logs, where they have it → its name there.
+SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy", "reward": "reward"}
 
 
 class Progress(TrainerCallback):
@@ -97,8 +101,9 @@ def _line(state: Any, logs: dict[str, Any], left: timedelta) -> str:
     rates = [f"{logs['tokens_per_second']:,.0f} tokens/s"]
     if logs["images_per_second"]:
         rates.append(f"{logs['images_per_second']:.1f} images/s")
+    numbers = [f"{short} {logs[name]:.4f}" for name, short in SHOWN.items() if name in logs]
     where = f"step {state.global_step} of {state.max_steps}"
-    return f"{where}: loss {logs['loss']:.4f}, {', '.join(rates)}, {left} left"
+    return f"{where}: {', '.join(numbers)}, {', '.join(rates)}, {left} left"
 
 
 def _numbers(logs: dict[str, Any], prefix: str) -> str:

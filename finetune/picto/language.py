@@ -77,10 +77,14 @@ def answer(place: str, names: Sequence[str], wish: Wish, *, first: bool = True) 
 
     What is in the picture is said in the first answer of a conversation only.
     """
-    seen = f"{PLACES[place].phrase} I see {listing([with_article(n) for n in names])}." if first else ""
     fitting = [n for n in names if n in wish.fits]
-    sentences = [seen, wish.reason, _conclusion(fitting, wish)]
+    sentences = [seen(place, names) if first else "", wish.reason, _conclusion(fitting, wish)]
     return format_answer(" ".join(s for s in sentences if s), fitting)
+
+
+def seen(place: str, names: Sequence[str]) -> str:
+    """What is in the picture, in a sentence."""
+    return f"{PLACES[place].phrase} I see {listing([with_article(n) for n in names])}."
 
 
 def _conclusion(fitting: Sequence[str], wish: Wish) -> str:

@@ -1,8 +1,9 @@
 """What the built-in reasoner learns from, written down (`stage: picto.lessons`).
 
 Two sets of records over the scenes of a world, without copies of the pictures: `captions/` (everything in a scene, in
-reading order) and `conversations/` (wishes and their answers, with follow-ups). And `reasoner/`: a fresh model on the
-tower, whose tokenizer knows the words of these lessons.
+reading order) and `conversations/` (wishes and their answers, with follow-ups and counting, and questions about things
+at all, without a picture). And `reasoner/`: a fresh model on the tower, whose tokenizer knows the words of these
+lessons.
 
 An answer names what the tower can tell and no more: made to name what it cannot see, a reasoner learns to guess, and
 its guesses follow the wish.
@@ -12,8 +13,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -24,12 +25,12 @@ from finetune import rundir
 from finetune.picto.dense import pixels
 from finetune.picto.fresh import write_reasoner
 from finetune.picto.knowledge import load_knowledge
-from finetune.picto.language import Wishes, WishSampler, answer, as_typed
+from finetune.picto.language import Wishes
+from finetune.picto.talks import FACTS, Conversations, Exchange, messages
 from finetune.picto.tower import WEIGHTS, DenseTower, look_at
 from finetune.picto.world import Picture, World
 from finetune.recipe import StageConfig
 
-NOTHING_FITS = 0.32  # share of wishes that nothing fulfils: more than people ask, for "no" is the hardest to learn
 RECOGNISED = 0.35  # least score of the tower for a thing that an answer names
 
 
@@ -40,35 +41,6 @@ class Config(StageConfig):
     world: Path
     tower: Path
     rounds: int = 1
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """One wish about a scene and its answer."""
-
-    wish: str
-    answer: str
-
-
-class Conversations:
-    """Draws conversations about scenes."""
-
-    def __init__(self, wishes: Wishes):
-        self.sampler = WishSampler(wishes, nothing_fits=NOTHING_FITS)
-
-    def caption(self, rng: np.random.Generator, place: str, present: Sequence[str]) -> list[Exchange]:
-        """Everything in a scene; `present` are the names that an answer may say, in reading order."""
-        wish = self.sampler.draw(rng, present, "everything")
-        return [Exchange(as_typed(rng, wish.text), answer(place, present, wish))]
-
-    def talk(self, rng: np.random.Generator, place: str, present: Sequence[str]) -> list[Exchange]:
-        """Three to eight exchanges: many, for each is another lesson in reading from the list that the first answer
-        begins with."""
-        drawn = [self.sampler.draw(rng, present)]
-        for _ in range(int(rng.integers(2, 8))):
-            narrower = self.sampler.follow_up(rng, drawn[-1], present) if rng.random() < 0.3 else None
-            drawn.append(narrower or self.sampler.draw(rng, present))
-        return [Exchange(as_typed(rng, w.text), answer(place, present, w, first=i == 0)) for i, w in enumerate(drawn)]
 
 
 def run(config: Config) -> None:
@@ -84,9 +56,7 @@ def run(config: Config) -> None:
     readable = [_readable(picture, row, names) for picture, row in zip(world.pictures, scores, strict=True)]
 
     def record(folder: Path, index: int, exchanges: Sequence[Exchange]) -> dict:
-        said = [("user", e.wish, "assistant", e.answer) for e in exchanges]
-        messages = [{"role": r, "content": text} for a, w, b, t in said for r, text in ((a, w), (b, t))]
-        return {"image": os.path.relpath(world.pictures[index].file, folder), "messages": messages}
+        return {"image": os.path.relpath(world.pictures[index].file, folder), "messages": messages(exchanges)}
 
     def captions(folder: Path) -> Iterator[dict]:
         for i, picture in enumerate(world.pictures):
@@ -98,6 +68,8 @@ def run(config: Config) -> None:
             for i, picture in enumerate(world.pictures):
                 rng = np.random.default_rng((config.seed, i, turn, 6))
                 yield record(folder, i, conversations.talk(rng, picture.place, readable[i]))
+                if rng.random() < FACTS:
+                    yield {"messages": messages(conversations.facts(rng))}
 
     _write(config.output / "captions", captions(config.output / "captions"))
     _write(config.output / "conversations", talks(config.output / "conversations"))
@@ -108,9 +80,11 @@ def run(config: Config) -> None:
     rundir.finish(config.output, {})
 
 
-def _readable(picture: Picture, scores: np.ndarray, names: Sequence[str]) -> list[str]:
+def _readable(picture: Picture, scores: np.ndarray, names: Sequence[str]) -> dict[str, int]:
+    """The names of what the tower tells, in reading order, and how often each thing is there."""
+    counts = Counter(int(c) for c in picture.classes)
     present = picture.classes_in_reading_order()
-    return [names[c] for c in [c for c in present if scores[c] > RECOGNISED] or present]
+    return {names[c]: counts[c] for c in [c for c in present if scores[c] > RECOGNISED] or present}
 
 
 def _write(folder: Path, records: Iterator[dict]) -> None:

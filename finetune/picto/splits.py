@@ -35,22 +35,19 @@ class Split:
     seed: int
     styles: tuple[str, ...] = sprites.TRAIN_STYLES
     held_out_ways: bool = False
-    kind: str | None = None
+    kinds: tuple[str, ...] = ("need", "need", "need", "attribute", "category", "direct", "exclusion")
 
 
 SPLITS = {
     "seen": Split(1001),
-    "paraphrases": Split(1002, held_out_ways=True),
-    "needs": Split(1003, kind="held_out_need"),
+    "paraphrases": Split(1002, held_out_ways=True, kinds=("need", "need", "need", "attribute", "category", "direct")),
+    "needs": Split(1003, kinds=("held_out_need",)),
     "style": Split(1004, styles=(sprites.HELD_OUT_STYLE,)),
 }
-KINDS = ("need", "need", "need", "attribute", "category", "direct", "exclusion")
-HELD_OUT_KINDS = ("need", "need", "need", "attribute", "category", "direct")
 
 
 def draw_wish(split: Split, sampler: WishSampler, rng: np.random.Generator, scene: Scene) -> Wish:
-    kinds = HELD_OUT_KINDS if split.held_out_ways else KINDS
-    kind = split.kind or str(rng.choice(kinds))
+    kind = str(rng.choice(split.kinds)) if len(split.kinds) > 1 else split.kinds[0]
     return sampler.draw(rng, scene.names, kind, held_out=split.held_out_ways)
 
 

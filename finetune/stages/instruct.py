@@ -8,7 +8,8 @@ Records as `detgpt-finetune data` makes them. The projector trains in full, the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from functools import partial
+from typing import Any, Literal
 
 from datasets import Dataset
 
@@ -16,10 +17,8 @@ from detgpt.reasoners.chat import is_bare
 from finetune.callbacks import LisaSettings
 from finetune.data.records import load_records
 from finetune.encoding import RecordEncoder
-from finetune.stages.reasoner import Paths, ReasonerConfig, train
+from finetune.stages.reasoner import PartsConfig, Paths, ReasonerConfig, sft, train
 from finetune.tuning import Group, Tune
-
-TUNE: dict[str, Tune] = {"qlora": "lora", "lisa": "full"}  # how the language model's weights are trained then
 
 
 class TalkConfig(ReasonerConfig):
@@ -32,27 +31,13 @@ class TalkConfig(ReasonerConfig):
     by_length: bool = False
 
 
-class Config(TalkConfig):
-    """vision, projector, language: how each part is trained.
-
-    language: "qlora" is "lora" on 4-bit weights (a GPU); "lisa" trains in full, a few layers at a time.
-    """
-
+class Config(TalkConfig, PartsConfig):
     stage: Literal["instruct"] = "instruct"
-    vision: Tune = "frozen"
-    projector: Tune = "full"
-    language: Tune | Literal["qlora", "lisa"] = "lora"
 
 
 def run(config: Config) -> None:
-    language = TUNE.get(config.language) or cast(Tune, config.language)
-    train_talks(
-        config,
-        {Group.VISION: config.vision, Group.PROJECTOR: config.projector, Group.LANGUAGE: language},
-        lisa=config.lisa if config.language == "lisa" else None,
-        quantized=(Group.LANGUAGE,) if config.language == "qlora" else (),
-        learning_rate=2e-4 if language == "lora" else 2e-5,
-    )
+    learning_rate = 2e-4 if config.how[Group.LANGUAGE] == "lora" else 2e-5
+    train_talks(config, config.how, lisa=config.layers, quantized=config.quantized, learning_rate=learning_rate)
 
 
 def train_talks(
@@ -73,9 +58,9 @@ def train_talks(
         config,
         how,
         prepare,
+        build=partial(sft, packing=config.packing),
         lisa=lisa,
         quantized=quantized,
-        packing=config.packing,
         by_length=config.by_length,
         defaults={"learning_rate": learning_rate},
     )

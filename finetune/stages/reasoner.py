@@ -1,6 +1,6 @@
 """What the stages of a reasoner share: settings, and the way from records to a model that DetGPT loads.
 
-`align`, `instruct` and `pretrain` say which parts train and on what; the training is TRL's SFTTrainer.
+A stage says which parts train, on what, and with which trainer: TRL's SFTTrainer unless it builds another.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from datasets import Dataset
 from pydantic import Field, field_validator
-from transformers import set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -29,6 +29,9 @@ from finetune.tuning import Group, Lora, Tune, tuned
 REASONER = "reasoner"  # in a run's folder: the result
 Paths = Path | list[Path]
 Prepare = Callable[[Any, Any, Paths], Dataset]  # model, processor, where the records are → encoded examples
+# (model, processor, arguments, training and validation examples) → the trainer
+Build = Callable[[Any, Any, Any, Dataset, Dataset | None], Trainer]
+TUNE: dict[str, Tune] = {"qlora": "lora", "lisa": "full"}  # how the language model's weights are trained then
 
 
 def _photo_detector() -> str:
@@ -43,8 +46,10 @@ class ReasonerConfig(Checkpoint, StageConfig):
     train, validation: folders of records (`finetune.data.records`). detector: the other half of the pair that the
     result makes: a hub id, a folder, or a named pair ("picto"). max_length: tokens of an example, the rest is cut off.
     lisa: which layers train at a time where `language` is "lisa". detection: what every evaluation detects with.
-    trainer: TRL's SFTConfig.
+    trainer: the arguments of the stage's trainer, TRL's SFTConfig unless it has another.
     """
+
+    arguments: ClassVar[type[TrainingArguments]] = SFTConfig
 
     train: Paths
     validation: Paths | None = None
@@ -58,7 +63,50 @@ class ReasonerConfig(Checkpoint, StageConfig):
     @field_validator("trainer")
     @classmethod
     def _known(cls, trainer: dict[str, Any]) -> dict[str, Any]:
-        return checked(SFTConfig, trainer)
+        return checked(cls.arguments, trainer)
+
+
+class PartsConfig(ReasonerConfig):
+    """vision, projector, language: how each part is trained.
+
+    language: "qlora" is "lora" on 4-bit weights (a GPU); "lisa" trains in full, a few layers at a time.
+    """
+
+    vision: Tune = "frozen"
+    projector: Tune = "full"
+    language: Tune | Literal["qlora", "lisa"] = "lora"
+
+    @property
+    def how(self) -> dict[Group, Tune]:
+        language = TUNE.get(self.language) or cast(Tune, self.language)
+        return {Group.VISION: self.vision, Group.PROJECTOR: self.projector, Group.LANGUAGE: language}
+
+    @property
+    def quantized(self) -> tuple[Group, ...]:
+        """The parts whose weights get 4 bits."""
+        return (Group.LANGUAGE,) if self.language == "qlora" else ()
+
+    @property
+    def layers(self) -> LisaSettings | None:
+        """Which layers train at a time, if not all."""
+        return self.lisa if self.language == "lisa" else None
+
+
+def sft(
+    model: Any, processor: Any, args: Any, examples: Dataset, validation: Dataset | None, *, packing: bool = False
+) -> Trainer:
+    """TRL's trainer for encoded examples. packing: several of them in a row of a batch."""
+    return SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=examples,
+        eval_dataset=validation,
+        processing_class=processor,
+        data_collator=collator(model, processor, packing=packing),
+    )
+
+
+SFT_ARGUMENTS = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "packing": False}
 
 
 def train(
@@ -66,17 +114,20 @@ def train(
     how: Mapping[Group, Tune],
     prepare: Prepare,
     *,
+    build: Build = sft,
+    ours: Mapping[str, Any] = SFT_ARGUMENTS,
     lisa: LisaSettings | None = None,
     quantized: tuple[Group, ...] = (),
-    packing: bool = False,
     by_length: bool = False,
     defaults: Mapping[str, Any] | None = None,
 ) -> None:
     """Train the parts as `how` says, on what `prepare` makes of the records, and write the result to `config.output`.
 
-    A finished run is left as it is; one that was interrupted goes on from its last checkpoint.
+    build: makes the trainer. Its arguments are of the class `config.arguments`: `defaults`, over them the recipe's, and
+    `ours`, which the recipe may not set. A finished run is left as it is; one that was interrupted goes on from its
+    last checkpoint.
     """
-    args = _sft_config(config, defaults or {})
+    args = _arguments(config, defaults or {}, ours)
     if rundir.is_finished(config):
         return
     folder = rundir.start(config)
@@ -86,18 +137,13 @@ def train(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = tuned(model, how, config.lora)
-    if not _has_adapters(model):
+    if not has_adapters(model):
         # The Trainer loads a checkpoint by the model's own names and passes over all others without a word, while
         # families that were renamed since (LLaVA, Qwen2.5-VL) are saved by their former ones.
         model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
-    trainer = SFTTrainer(
-        model=model,
-        args=args,
-        train_dataset=prepare(model, processor, config.train),
-        eval_dataset=prepare(model, processor, config.validation) if config.validation is not None else None,
-        processing_class=processor,
-        data_collator=collator(model, processor, packing=packing),
-    )
+    examples = prepare(model, processor, config.train)
+    validation = prepare(model, processor, config.validation) if config.validation is not None else None
+    trainer = build(model, processor, args, examples, validation)
     if by_length:
         _draw_by_length(trainer)
     for callback in trainer.callback_handler.callbacks:
@@ -116,7 +162,7 @@ def _draw_by_length(trainer: Any) -> None:
     draw_by_length(trainer, [sum(len(turn["content"]) for turn in talk) for talk in talks])
 
 
-def _sft_config(config: ReasonerConfig, defaults: Mapping[str, Any]) -> SFTConfig:
+def _arguments(config: ReasonerConfig, defaults: Mapping[str, Any], ours: Mapping[str, Any]) -> TrainingArguments:
     gpu = torch.cuda.is_available()
     usual: dict[str, Any] = {
         "bf16": _has_bfloat16(),
@@ -131,15 +177,12 @@ def _sft_config(config: ReasonerConfig, defaults: Mapping[str, Any]) -> SFTConfi
         "save_total_limit": 2,
         "eval_strategy": "no" if config.validation is None else "epoch",
     }
-    ours = {
+    of_the_run = {
         "output_dir": str(config.output / rundir.CHECKPOINTS),
         "seed": config.seed,
         "remove_unused_columns": False,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "max_length": None,
-        "packing": False,
     }
-    return arguments(SFTConfig, config.trainer, defaults={**usual, **defaults}, ours=ours)
+    return arguments(config.arguments, config.trainer, defaults={**usual, **defaults}, ours={**of_the_run, **ours})
 
 
 def _dtype(config: ReasonerConfig, how: Mapping[Group, Tune]) -> str:
@@ -152,14 +195,14 @@ def _has_bfloat16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
-def _keep(config: ReasonerConfig, trainer: SFTTrainer, processor: Any) -> None:
+def _keep(config: ReasonerConfig, trainer: Any, processor: Any) -> None:
     """Write the model, whole and in the base model's precision, and the pair that it makes."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
     if not trainer.is_world_process_zero():
         return
-    if _has_adapters(model):
+    if has_adapters(model):
         adapter = config.output / rundir.ADAPTER
         rundir.write_folder(adapter, lambda place: model.save_pretrained(place, state_dict=state))
         model, state = merged(config, adapter), None
@@ -187,13 +230,13 @@ def merged(config: Checkpoint, adapter: Path) -> Any:
     return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
 
 
-def _has_adapters(model: Any) -> bool:
+def has_adapters(model: Any) -> bool:
     from peft import PeftModel
 
     return isinstance(model, PeftModel)
 
 
-def _metrics(trainer: SFTTrainer) -> dict[str, float]:
+def _metrics(trainer: Any) -> dict[str, float]:
     """The last number of each kind that the run logged."""
     last: dict[str, float] = {}
     for entry in trainer.state.log_history:
