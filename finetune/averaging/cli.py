@@ -25,14 +25,21 @@ def average(
     ratios: Annotated[
         Path | None, typer.Option(help="JSON with the tuned model's share by part, as `stage: hma` writes it.")
     ] = None,
+    mergekit: Annotated[
+        Path | None, typer.Option(help="Also write the same merge as a YAML file for mergekit, which is not needed.")
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
 ) -> None:
     """Average a base model and what was tuned from it, part by part."""
     from finetune.averaging.average import average
+    from finetune.averaging.mergekit import export
 
     with terminal.reporting(debug):
         shares = read_ratios(ratios) if ratios is not None else None
         terminal.note(f"wrote {average(base, tuned, out, base_weight=base_weight, ratios=shares)}")
+        if mergekit is not None:
+            uniform = 1 - base_weight if base_weight is not None else 0.0
+            terminal.note(f"wrote {export(mergekit, base, tuned, shares or uniform)}")
 
 
 def read_ratios(file: Path) -> dict[str, Any]:
