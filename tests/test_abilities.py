@@ -52,12 +52,16 @@ def test_numbers_in_words_up_to_twenty(value: int) -> None:
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("There are 3 cups and 4 spoons.", 3),
+        ("A dog twice and a cat: that makes three animals.", 3),
+        ('An apple and a cup 2 times: that makes three.\nTargets: ["apple", "4 cups"]', 3),
+        ("Two apples and two pears. The answer is: 4", 4),
+        ('Targets: ["cup", "4 spoons"]', None),
+        ("3 cups and 4 spoons", 4),
         ("3.", 3),
         ("2.5 litres", 2.5),
         ("1,200 people", 1200),
-        ("1, 2 and 3", 1),
-        ("1,2", 1),
+        ("1, 2 and 3", 3),
+        ("1,2", 2),
         ("12,345,678", 12345678),
         ("There are no cups.", 0),
         ("No.", 0),
@@ -74,7 +78,7 @@ def test_numbers_in_words_up_to_twenty(value: int) -> None:
         ("FIVE!", 5),
     ],
 )
-def test_the_first_number_counts(text: str, value: float | None) -> None:
+def test_the_last_number_said_before_the_answer_line_counts(text: str, value: float | None) -> None:
     assert scoring.read_number(text) == value
 
 

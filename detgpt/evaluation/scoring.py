@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Collection
 
-from detgpt.answer import parse_answer, visible
+from detgpt.answer import answer_is_complete, parse_answer, visible
 from detgpt.evaluation.writing import Names, same_wording
 
 NUMBER_WORDS = (
@@ -27,7 +27,7 @@ def exact(text: str, answer: str) -> float:
 
 
 def number(text: str, answer: str) -> float:
-    """1 where the first number of the text is that of the answer."""
+    """1 where the last number that the text says is that of the answer."""
     said = read_number(text)
     return float(said is not None and said == read_number(answer))
 
@@ -55,14 +55,18 @@ def targets(text: str, expected: Collection[str]) -> float:
 
 
 def read_number(text: str) -> float | None:
-    """The first number, in digits or in words up to twenty; "no" as in "no cups", "none" and "nothing" are 0."""
-    for word in _NUMBER.finditer(_spoken(text)):
-        said = word.group().casefold()
-        if said[0].isdecimal():
-            return float(said.replace(",", ""))
-        answers_only = said == "no" and word.string[word.end() : word.end() + 1] == ","  # "No, two."
-        if said in _VALUES and not answers_only:
-            return _VALUES[said]
+    """The last number before the answer line, the sum behind its parts: "a dog twice and a cat: that makes three".
+
+    In digits or in words up to twenty; "no" as in "no cups", "none" and "nothing" are 0. None if there is no number.
+    """
+    spoken = _spoken(text)
+    if answer_is_complete(spoken):
+        spoken = parse_answer(spoken).reasoning
+    for word in reversed(_NUMBER.findall(spoken.casefold())):
+        if word[0].isdecimal():
+            return float(word.replace(",", ""))
+        if word in _VALUES:
+            return _VALUES[word]
     return None
 
 
