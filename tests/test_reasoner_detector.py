@@ -163,9 +163,9 @@ def test_no_text_is_too_strange(text: str) -> None:
 def test_reading_takes_linear_time(unit: str) -> None:
     def seconds(length: int) -> float:
         text = (unit * (length // len(unit) + 1))[:length]
-        started = time.perf_counter()
+        started = time.thread_time()
         read_boxes(text)
-        return time.perf_counter() - started
+        return time.thread_time() - started
 
     once, eight_times = (min(seconds(length) for _ in range(3)) for length in (20_000, 160_000))
     assert eight_times < 30 * once + 0.01

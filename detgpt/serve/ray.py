@@ -59,7 +59,7 @@ def run(
         try:
             serve.start(proxy_location="EveryNode", http_options={"host": serving.host, "port": serving.port})
             serve.run(application(load, serving, replicas, reserved), name=NAME)
-        except RuntimeError as error:
+        except (RuntimeError, TimeoutError) as error:  # of the copies, or of a machine that is too busy to start them
             raise DetGPTError(f"the service does not start: {error}") from error
         try:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
