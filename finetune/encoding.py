@@ -51,11 +51,11 @@ def encode(processor: Any, messages: Sequence[Message], image: Image.Image | Non
             f"{_name(tokenizer)} has no chat template: take the checkpoint that was trained to answer, or add its "
             "chat_template.jinja"
         )
-    conversation = _conversation(processor, messages, image)
-    batch = processor.apply_chat_template([conversation], tokenize=True, return_dict=True, return_tensors="pt")
+    turns = conversation(processor, messages, image)
+    batch = processor.apply_chat_template([turns], tokenize=True, return_dict=True, return_tensors="pt")
     encoded = {name: value[0] if name in TOKEN_INPUTS else value for name, value in batch.items()}
     encoded.pop("attention_mask", None)
-    text_ids, answers = _answers(processor, tokenizer, conversation)
+    text_ids, answers = _answers(processor, tokenizer, turns)
     ids = encoded["input_ids"]
     shift = len(ids) - len(text_ids)  # an image's placeholder became many tokens, all before the first answer
     if answers and ids[answers[0].start + shift :].tolist() != text_ids[answers[0].start :]:
@@ -103,15 +103,32 @@ class RecordEncoder:
         return {name: [_of(example, name) for example in examples] for name in names}
 
     def encode(self, record: Mapping[str, Any]) -> Encoded:
-        messages = record["messages"]
         where = record.get("where") or "a record"
-        if not messages:
+        if not record["messages"]:
             raise InputError(f"{where}: there is nothing said: a record to learn from has 'instruction' or 'messages'")
-        if record.get("instruction") is not None:
-            wish = chat.worded(messages[0]["content"], bare=self._bare)
-            messages = [{**messages[0], "content": wish}, *messages[1:]]
         image = load_image(record["image"]) if record.get("image") is not None else None
-        return truncated(encode(self._processor, messages, image), self._max_length, where)
+        encoded = encode(self._processor, worded(record, bare=self._bare), image)
+        return truncated(encoded, self._max_length, where)
+
+
+def worded(record: Mapping[str, Any], *, bare: bool) -> list[Message]:
+    """The messages of a record, a wish in the words that the model is asked with at inference."""
+    messages = list(record["messages"])
+    if record.get("instruction") is not None:
+        messages[0] = {**messages[0], "content": chat.worded(messages[0]["content"], bare=bare)}
+    return messages
+
+
+def conversation(processor: Any, messages: Sequence[Message], image: Image.Image | None) -> list[dict[str, Any]]:
+    """Chat messages in the form that the template takes: parts for a processor, plain text for a tokenizer."""
+    system = messages[0]["content"] if messages[0]["role"] == "system" else None
+    texts = [message["content"] for message in messages[system is not None :]]
+    turns = chat.conversation(texts, image, chat.control_tokens(processor), system=system)
+    if hasattr(processor, "tokenizer"):
+        return turns
+    if image is not None:
+        raise InputError(f"{_name(processor)} is a language model, which sees no image: leave images out of its data")
+    return [{"role": turn["role"], "content": turn["content"][0]["text"]} for turn in turns]
 
 
 def _of(example: Encoded, name: str) -> torch.Tensor | None:
@@ -121,30 +138,18 @@ def _of(example: Encoded, name: str) -> torch.Tensor | None:
     return example.get(name)
 
 
-def _conversation(processor: Any, messages: Sequence[Message], image: Image.Image | None) -> list[dict[str, Any]]:
-    """Chat messages in the form that the template takes: parts for a processor, plain text for a tokenizer."""
-    system = messages[0]["content"] if messages[0]["role"] == "system" else None
-    texts = [message["content"] for message in messages[system is not None :]]
-    conversation = chat.conversation(texts, image, chat.control_tokens(processor), system=system)
-    if hasattr(processor, "tokenizer"):
-        return conversation
-    if image is not None:
-        raise InputError(f"{_name(processor)} is a language model, which sees no image: leave images out of its data")
-    return [{"role": turn["role"], "content": turn["content"][0]["text"]} for turn in conversation]
-
-
-def _written(processor: Any, conversation: list[dict[str, Any]], **how: bool) -> str:
+def _written(processor: Any, turns: list[dict[str, Any]], **how: bool) -> str:
     """The text of the conversation as the template writes it."""
-    text: str = processor.apply_chat_template(conversation, tokenize=False, **how)
+    text: str = processor.apply_chat_template(turns, tokenize=False, **how)
     return text
 
 
-def _answers(processor: Any, tokenizer: Any, conversation: list[dict[str, Any]]) -> tuple[list[int], list[_Answer]]:
+def _answers(processor: Any, tokenizer: Any, turns: list[dict[str, Any]]) -> tuple[list[int], list[_Answer]]:
     """The tokens of the whole text, an image being one placeholder, and where among them the answers are."""
-    turns = [i for i, turn in enumerate(conversation) if turn["role"] == "assistant"]
-    beginnings = [_written(processor, conversation[:i], add_generation_prompt=True) for i in turns]
-    endings = [_written(processor, conversation[: i + 1]) for i in turns]
-    whole = _written(processor, conversation)
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    beginnings = [_written(processor, turns[:i], add_generation_prompt=True) for i in answers]
+    endings = [_written(processor, turns[: i + 1]) for i in answers]
+    whole = _written(processor, turns)
     tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (whole, *beginnings, *endings)]
     ids = tokens[0]
     for prefix in tokens[1:]:
@@ -156,7 +161,7 @@ def _answers(processor: Any, tokenizer: Any, conversation: list[dict[str, Any]])
             )
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.update(tokenizer.all_special_ids)
-    starts, ends = tokens[1 : 1 + len(turns)], tokens[1 + len(turns) :]
+    starts, ends = tokens[1 : 1 + len(answers)], tokens[1 + len(answers) :]
     return ids, [
         _answer(ids, len(start), len(end), special, tokenizer) for start, end in zip(starts, ends, strict=True)
     ]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import PartialState
 from pydantic import Field
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +24,7 @@ from detgpt.reasoners.chat import BARE
 from detgpt.reasoners.huggingface import load_model, load_processor
 from finetune.recipe import Settings
 from finetune.rundir import is_pair
+from finetune.scoring import SCORE, SCORES, scorer
 from finetune.tuning import Group, modules_of
 
 
@@ -38,13 +40,15 @@ class RopeScaling(Settings):
 
 
 class Checkpoint(Settings):
-    """Which model, and how it is loaded.
+    """Which model, and how it is loaded. scores: with a head of `finetune.scoring`, whatever it was before.
 
     model: a hub id, a folder, a named pair ("picto") or the folder of a run, whose reasoner is meant. dtype: of the
     weights that do not train; those that do are float32, as is all on a CPU; unset: bfloat16 on a GPU unless the
     language model trains as a whole. prompt: "bare" if it is to get instructions as users write them, "full" with the
     three steps and the answer's form; unset: as it was trained before.
     """
+
+    scores: ClassVar[bool] = False
 
     model: str
     revision: str | None = None
@@ -60,7 +64,7 @@ class Checkpoint(Settings):
 
 
 def load(checkpoint: Checkpoint, dtype: str, *, quantized: tuple[Group, ...] = ()) -> tuple[Any, Any]:
-    """Model and processor (a tokenizer for a language model).
+    """Model and processor (a tokenizer for a language model); a checkpoint that scores is a `finetune.scoring.Scorer`.
 
     dtype: of the weights, or "auto" for that in which they are stored. quantized: parts whose linear layers get 4 bits
     (NF4, Dettmers et al. 2023, arXiv:2305.14314).
@@ -72,13 +76,15 @@ def load(checkpoint: Checkpoint, dtype: str, *, quantized: tuple[Group, ...] = (
     sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     processor = load_processor(checkpoint.source, checkpoint.revision) if sees else _tokenizer(checkpoint)
     auto_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if sees else MODEL_FOR_CAUSAL_LM_MAPPING
+    model_class = scorer(mapping[type(config)]) if getattr(config, SCORES, False) else auto_class
     options: dict[str, Any] = {"config": config, "dtype": dtype, "use_safetensors": True}
     if checkpoint.attn_implementation is not None:
         options["attn_implementation"] = checkpoint.attn_implementation
     if quantized:
         options["quantization_config"] = _four_bits(config, auto_class, quantized)
         options["device_map"] = {"": PartialState().local_process_index}
-    return load_model(checkpoint.source, checkpoint.revision, options, auto_class), processor
+    return load_model(checkpoint.source, checkpoint.revision, options, model_class), processor
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -94,6 +100,8 @@ def _config(checkpoint: Checkpoint) -> Any:
         raise ModelError(f"{checkpoint.source!r} cannot be loaded: {error}\nCheck the name and the files.") from error
     if checkpoint.prompt is not None:
         config.detgpt_prompt = BARE if checkpoint.prompt == "bare" else "full"
+    if checkpoint.scores:
+        setattr(config, SCORES, True)
     if checkpoint.rope_scaling is not None:
         lengthen(config.get_text_config(decoder=True), checkpoint.rope_scaling)
     return config
@@ -138,5 +146,5 @@ def _four_bits(config: Any, auto_class: Any, quantized: tuple[Group, ...]) -> Bi
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=[*modules_of(model, whole), "lm_head"],  # used for 4 bits, too
+        llm_int8_skip_modules=[*modules_of(model, whole), "lm_head", SCORE],  # used for 4 bits, too
     )

@@ -4,7 +4,7 @@
     projector    what brings its features into the language model: LLaVA's projector, Qwen-VL's mergers, a connector
     language.N   block N of the language model
     embeddings   of its tokens (and of their places, where they are learned)
-    head         the last norm and the layer of logits
+    head         the last norm and the layer of logits, or of a score
 
 A name that fits nowhere is an error: a part that is overlooked would be left untrained, or averaged wrongly.
 """
@@ -31,7 +31,7 @@ _TELLING = (
     (VISION, "vision_tower vision_model vision_encoder image_encoder visual"),
     ("language", "layers h blocks"),
     (EMBEDDINGS, "embed_tokens embed_in embed_positions wte wpe word_embeddings word_embeddings_layernorm"),
-    (HEAD, "lm_head embed_out norm final_layernorm final_layer_norm ln_f"),
+    (HEAD, "lm_head embed_out score norm final_layernorm final_layer_norm ln_f"),
 )
 _PART_OF = [(part, frozenset(words.split())) for part, words in _TELLING]
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")

@@ -34,9 +34,7 @@ STAGES = {
     "pretrain": "finetune.stages.pretrain",
     "detector": "finetune.stages.detector",
     "hma": "finetune.averaging.hma",
-    "dpo": "finetune.preference.dpo",
-    "raft": "finetune.preference.raft",
-    "iterative_dpo": "finetune.preference.iterative_dpo",
+    **{name: f"finetune.preference.{name}" for name in ("reward", "dpo", "iterative_dpo", "raft", "grpo", "rloo")},
     **{
         f"picto.{step}": f"finetune.picto.{step}"
         for step in ("world", "backbone", "tower", "lessons", "export", "talks", "wishes")

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from detgpt.errors import InputError
 from finetune.parts import PROJECTOR, VISION, part_of, parts_of
 from finetune.recipe import Settings
+from finetune.scoring import SCORE
 
 Tune = Literal["full", "lora", "frozen"]
 
@@ -42,8 +43,8 @@ def tuned(model: Any, how: Mapping[Group, Tune], lora: Lora) -> Any:
 
     Beside adapters, "full" is a copy of each module of the part, which is kept with the adapters; a parameter of the
     part that is in no such module (LLaVA-NeXT's `image_newline`) stays as it is. Batch norms that do not train keep
-    their statistics, too. Raises `ModelError` for an architecture whose parts are not known, `InputError` for one
-    without a part that is to be trained.
+    their statistics, too. The head of a model that scores always trains. Raises `ModelError` for an architecture whose
+    parts are not known, `InputError` for one without a part that is to be trained.
     """
     names = [name for name, _ in model.named_parameters()]
     there = {group_of(part) for part in parts_of(names)}
@@ -56,7 +57,7 @@ def tuned(model: Any, how: Mapping[Group, Tune], lora: Lora) -> Any:
         model = get_peft_model(model, _adapters(model, how, lora))
     else:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(how[group_of(part_of(name))] == "full")
+            parameter.requires_grad_(how[group_of(part_of(name))] == "full" or name.startswith(f"{SCORE}."))
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and how[group_of(part_of(name))] != "full":
             module.register_forward_pre_hook(_as_trained)
@@ -101,11 +102,12 @@ def _adapters(model: nn.Module, how: Mapping[Group, Tune], lora: Lora) -> Any:
         and how[group_of(part)] == "lora"
     ]
     full = modules_of(model, [group for group, tune in how.items() if tune == "full"])
+    head = [SCORE] if hasattr(model, SCORE) else []
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=adapted,
-        modules_to_save=full or None,
-        task_type="CAUSAL_LM",
+        modules_to_save=[*full, *head] or None,
+        task_type=None if head else "CAUSAL_LM",
     )

@@ -12,11 +12,14 @@ from finetune.recipe import RECIPES, find_recipe, read_recipe, read_yaml, run_re
 FAMILY_OF = {
     "instruct-picto": None,  # it is small enough itself
     "dpo-picto": None,
+    "grpo-picto": None,
+    "reward-picto": None,
     "qwen3-vl-2b-lora": "Qwen3-VL",
     "llava-1.5-7b/align": "LLaVA 1.5",
     "llava-1.5-7b/instruct": "LLaVA 1.5",
 }
-STAGES = ("align", "instruct", "pretrain", "dpo")
+SHORTER = {"grpo-picto": ["trainer.max_completion_length=8"]}
+STAGES = ("align", "instruct", "pretrain", "dpo", "grpo", "reward")
 ANSWERS = {"chosen": 'A desk.\nTargets: ["cup"]', "rejected": "Targets: []"}
 
 
@@ -33,13 +36,16 @@ def test_a_recipe_runs_on_a_tiny_model_of_its_family(name, tmp_path):
     build = FAMILIES[FAMILY_OF[name]] if FAMILY_OF[name] else None
     Image.effect_noise((48, 32), 80).convert("RGB").save(tmp_path / "1.png")
     record = {"image": "1.png", "instruction": "I am thirsty", "targets": ["cup"]}
-    record |= ANSWERS if name.startswith("dpo") else {}
-    (tmp_path / "data.jsonl").write_text(json.dumps(record))
-    overrides = [f"train={tmp_path}", f"output={tmp_path / 'run'}", "trainer.max_steps=2"]
+    record |= ANSWERS if name.startswith(("dpo", "reward")) else {}
+    (tmp_path / "data.jsonl").write_text("\n".join([json.dumps(record)] * 4))
+    overrides = [f"train={tmp_path}", f"output={tmp_path / 'run'}", "trainer.max_steps=2", *SHORTER.get(name, [])]
     run_recipe(name, overrides + ([f"model={build(tmp_path / 'tiny')}"] if build else []))
     run = json.loads((tmp_path / "run/run.json").read_text())
     assert run["finished"] and run["metrics"]["step"] == 2
-    assert json.loads((tmp_path / "run/detgpt.json").read_text())["reasoner"] == "reasoner"
+    if name.startswith("reward"):
+        assert (tmp_path / "run/reward_model/model.safetensors").is_file()
+    else:
+        assert json.loads((tmp_path / "run/detgpt.json").read_text())["reasoner"] == "reasoner"
 
 
 def test_the_papers_two_stages_have_its_schedule():

@@ -67,7 +67,7 @@ class Progress(TrainerCallback):
         self._since, self._step_then = time.perf_counter(), state.global_step
 
     def _count(self, model: Any, arguments: Any, inputs: dict[str, Any]) -> None:
-        if model.training:
+        if model.training and torch.is_grad_enabled():  # an answer that is written on the way teaches nothing yet
             self._seen += torch.tensor([count_tokens(inputs), count_images(inputs, model.config)])
 
 

@@ -32,9 +32,19 @@ def load_preferences(path: Paths) -> Dataset:
     return records
 
 
+def asked(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The messages of a record without the answer that they may end with. Raises `InputError` where none is left."""
+    messages = list(record["messages"])
+    if messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise InputError(f"{record['where']}: there is nothing asked: a record has 'instruction' or 'messages'")
+    return messages
+
+
 def answered(record: Mapping[str, Any], answer: str) -> dict[str, Any]:
-    """The record whose conversation goes on with `answer`."""
-    return {**record, "messages": [*record["messages"], {"role": "assistant", "content": answer}]}
+    """The record with `answer` to what is asked."""
+    return {**record, "messages": [*asked(record), {"role": "assistant", "content": answer}]}
 
 
 class PairEncoder:

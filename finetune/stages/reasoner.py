@@ -27,6 +27,7 @@ from finetune.recipe import StageConfig
 from finetune.tuning import Group, Lora, Tune, tuned
 
 REASONER = "reasoner"  # in a run's folder: the result
+REWARD_MODEL = "reward_model"  # the same of a run whose model scores
 Paths = Path | list[Path]
 Prepare = Callable[[Any, Any, Paths], Dataset]  # model, processor, where the records are → encoded examples
 # (model, processor, arguments, training and validation examples) → the trainer
@@ -210,15 +211,18 @@ def _keep(config: ReasonerConfig, trainer: Any, processor: Any) -> None:
 
 
 def write_reasoner(config: ReasonerConfig, model: Any, processor: Any, state: Mapping[str, Any] | None = None) -> None:
-    """Write `<output>/reasoner` and the pair that it makes. state: the weights, where the model has but a shard."""
+    """Write `<output>/reasoner` and the pair that it makes, or `<output>/reward_model`.
+
+    state: the weights, where the model has but a shard.
+    """
 
     def write(place: Path) -> None:
         whole = model if state is not None else model.to(stored_dtype(config))
         whole.save_pretrained(place, state_dict=state, save_original_format=True)
         processor.save_pretrained(place)
 
-    rundir.write_folder(config.output / REASONER, write)
-    if hasattr(processor, "image_processor"):
+    rundir.write_folder(config.output / (REWARD_MODEL if config.scores else REASONER), write)
+    if not config.scores and hasattr(processor, "image_processor"):
         rundir.write_pair(config.output, reasoner=REASONER, detector=config.detector)
 
 
