@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from detgpt.boxes import nms_per_target
 from detgpt.errors import InputError
+from detgpt.evaluation.calibration import expected_calibration_error
 from detgpt.evaluation.data import Dataset, ImageTruth, Record, truth_by_image
 from detgpt.evaluation.metrics import (
     EXTRA,
     average_precision,
     box_metrics,
-    expected_calibration_error,
     load_extra,
     name_metrics,
     outside_ignored,
