@@ -21,6 +21,7 @@ from detgpt.evaluation.metrics import load_extra
 
 BEST = "best"
 FOLDS = 5
+GROUP = 20  # claims of like confidence that are one point of an isotonic curve; a single one would be its end
 FEWEST = 10  # right ones, and wrong ones; from fewer a curve would be made up
 
 
@@ -80,12 +81,13 @@ def _fit_temperature(confidences: np.ndarray, aims: np.ndarray) -> Logistic:
 
 
 def _fit_isotonic(confidences: np.ndarray, aims: np.ndarray) -> Isotonic:
-    values, group, counts = np.unique(confidences, return_inverse=True, return_counts=True)
-    means = np.bincount(group, aims) / counts
+    edges = np.quantile(confidences, np.linspace(0, 1, max(len(confidences) // GROUP, 1) + 1)[1:-1])
+    _, group, counts = np.unique(np.searchsorted(edges, confidences), return_inverse=True, return_counts=True)
+    centres, means = (np.bincount(group, values) / counts for values in (confidences, aims))
     pooled = load_extra("scipy.optimize").isotonic_regression(means, weights=counts)
     starts = pooled.blocks[:-1]
-    centres = np.add.reduceat(values * counts, starts) / np.add.reduceat(counts, starts)
-    return Isotonic(tuple(centres.round(6).tolist()), tuple(pooled.x[starts].round(6).tolist()))
+    knots = np.add.reduceat(centres * counts, starts) / np.add.reduceat(counts, starts)
+    return Isotonic(tuple(knots.tolist()), tuple(pooled.x[starts].tolist()))
 
 
 METHODS: dict[str, Callable[[np.ndarray, np.ndarray], Curve]] = {
