@@ -489,3 +489,143 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes | 
         file.write_bytes(content)
     with pytest.raises(ModelError, match=r"the calibration '.*' cannot be read"):
         read_calibration(file)
+
+
+def test_a_calibration_goes_with_a_run_that_is_handed_on(pair: Path, tmp_path: Path):
+    export = pytest.importorskip("finetune.export").export
+    run = {"stage": "instruct", "command": "", "seed": 0, "finished": "now", "metrics": {}, "data": {}, "versions": {}}
+    (pair / "run.json").write_text(json.dumps(run))
+    (pair / "recipe.yaml").write_text("model: tiny\n")
+    out = export(pair, tmp_path / "handed-on")
+    assert DetGPT.from_pretrained(out).calibration == DetGPT.from_pretrained(pair).calibration
+
+
+# ------------------------------------------------------------------------------------------------ detgpt calibrate
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """Forty pictures with the wish for a drink, which every second one fulfils; the tiny model always names a cup."""
+    folder = tmp_path / "labelled"
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for number in range(40):
+        Image.new("RGB", (64, 48), (6 * number, 80, 200 - 5 * number)).save(folder / f"images/{number}.png")
+        fits = number % 2 == 0
+        rows.append(
+            {
+                "image": f"images/{number}.png",
+                "instruction": "drink",
+                "targets": ["cup"] if fits else [],
+                "boxes": [[0, 0, 64, 48]] if fits else [],
+                "labels": ["cup"] if fits else [],
+                "present": ["cup"] if fits else [],
+            }
+        )
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_calibrate_fits_and_keeps_a_calibration_beside_the_model(pair: Path, labelled: Path):
+    (pair / "calibration.json").write_text(replace(CURVES, reasoner="another").to_json())  # of earlier weights
+    ran = run("calibrate", labelled, "-m", pair, "--method", "logistic")
+    assert ran.exit_code == 0, ran.output
+    assert f"wrote {pair / 'calibration.json'}" in ran.stderr
+    assert "| targets | raw | 40 | 50.0 |" in ran.stdout and "| targets | cross-validated | 40 | 50.0 |" in ran.stdout
+    confidence = DetGPT.from_pretrained(pair).detect(labelled / "images/0.png", "drink").targets[0].confidence
+    assert confidence == pytest.approx(0.5, abs=0.1)
+    fitted = read_calibration(pair / "calibration.json").fitted
+    assert fitted["wishes"] == 40 and fitted["confidence"]["raw"]["n"] == 40
+    assert fitted["confidence"]["raw"]["ece_10"] > 0.2 > fitted["confidence"]["cross-validated"]["ece_10"]
+
+
+def test_calibrate_makes_a_model_of_two_parts_and_its_settings(pair: Path, labelled: Path, tmp_path: Path):
+    parts = ["--reasoner", pair / "reasoner", "--detector", pair / "detector"]
+    out = tmp_path / "models" / "mine"
+    assert "-o is missing" in run("calibrate", labelled, *parts).stderr
+    ran = run("calibrate", labelled, *parts, "-o", out, "--box-threshold", "0.01", "--method", "temperature")
+    assert ran.exit_code == 0, ran.output
+    mine = DetGPT.from_pretrained(out)
+    assert mine.options.box_threshold == 0.01
+    assert mine.calibration == read_calibration(out / "calibration.json") != Calibration()
+    other = ["--reasoner", pair / "reasoner", "--detector", "owner/detector"]
+    assert f"{out} holds another pair" in run("calibrate", labelled, *other, "-o", out).stderr
+
+
+def test_too_few_labels_are_told_and_leave_no_file(pair: Path, labelled: Path):
+    (pair / "calibration.json").unlink()
+    ran = run("calibrate", labelled, "-m", pair, "--limit", "6")
+    assert ran.exit_code == 1
+    assert "3 right and 3 wrong targets" in ran.stderr and "label more pictures, for 10 of each" in ran.stderr
+    assert not (pair / "calibration.json").exists()
+    assert not [file for file in pair.iterdir() if file.name.startswith(".")]
+
+
+# ------------------------------------------------------------------------------------------- the trust report
+
+
+def test_eval_judges_confidences_before_and_after(pair: Path, labelled: Path, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    ran = run("eval", labelled, "-m", pair, "--calibration", tmp_path / "trust")
+    assert ran.exit_code == 0, ran.output
+    title = f"{pair} · labelled"
+    measured = json.loads((tmp_path / "trust/trust.json").read_text())[title]["targets"]
+    raw, calibrated = measured["raw"], measured["calibrated"]
+    assert raw["n"] == calibrated["n"] == 40 and raw["accuracy"] == 0.5
+    assert raw["ece_10"] == pytest.approx(raw["confidence"] - 0.5, abs=1e-6)
+    assert raw["confidence"] > 0.3 > calibrated["confidence"]
+    assert raw["trust"] == pytest.approx(0.5 - raw["ece_10"])
+    row = f"| {title} | targets | raw | 40 | 50.0 | {100 * raw['confidence']:.1f} | {100 * raw['ece_10']:.1f} |"
+    assert row in ran.stdout
+    for name in ("reliability", "risk-coverage"):
+        assert Image.open(tmp_path / f"trust/{name}.png").size[0] > 300
+        drawing = (tmp_path / f"trust/{name}.svg").read_text()
+        assert "targets" in drawing and "boxes" in drawing
+    assert f"raw, ECE {100 * raw['ece_10']:.1f}%" in (tmp_path / "trust/reliability.svg").read_text()
+
+
+def test_a_report_is_drawn_alike_again(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    from detgpt.evaluation import trust
+
+    judged = sure_by(lambda p: p**2, 500)
+    claims = {
+        "a model · its pictures": {"targets": {"raw": judged}, "boxes": {"raw": Judged(*(c[:0] for c in judged))}}
+    }
+    first, second = ([path.read_bytes() for path in trust.write(claims, tmp_path / name)] for name in ("a", "b"))
+    assert first == second
+
+
+def test_what_does_not_go_with_the_report_is_refused(pair: Path, labelled: Path, tmp_path: Path):
+    ran = run("eval", labelled, "-m", pair, "--calibration", tmp_path / "trust", "--report", tmp_path / "page.html")
+    assert ran.exit_code == 1 and "leave --report out" in ran.stderr
+    assert not (tmp_path / "trust").exists()
+
+
+# ----------------------------------------------------------------------------------------------- the built-in model
+
+
+def test_the_built_in_model_is_as_sure_as_it_is_right():
+    """On wishes that its calibration was not fitted on; and what it is least sure of is what it gets wrong.
+
+    A fraction of two splits, on which ten bins stray by some percent; its card has the whole ones.
+    """
+    from detgpt.evaluation import evaluate
+    from detgpt.evaluation.calibration import summary
+    from detgpt.evaluation.samples import Samples
+    from finetune.picto.splits import FOLDER
+
+    samples = Samples("")
+    model = DetGPT.from_pretrained("picto")
+    for split in ("seen", "paraphrases"):
+        evaluate(model, FOLDER / split, limit=90, each=samples.add, detector_alone=False)
+    answered = [(sample.record, sample.result) for sample in samples.samples]
+    targets, boxes = summary(*judged_targets(answered)[:2]), summary(*judged_boxes(answered)[:2])
+    assert targets["n"] > 100 and boxes["n"] > 100
+    assert targets["ece_10"] <= 0.05
+    assert boxes["ece_10"] <= 0.08  # 0.3 without its calibration
+    assert targets["risk_80"] <= 0.5 * (1 - targets["accuracy"])
