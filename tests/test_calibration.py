@@ -115,6 +115,12 @@ def test_too_few_claims_or_an_unknown_method_are_refused():
         fit(sure_by(lambda p: p), "magic")
 
 
+def test_just_enough_claims_give_a_curve():
+    rng = np.random.default_rng(0)
+    judged = Judged(rng.uniform(size=20), np.arange(20) < 10, np.arange(20))
+    assert 0 < fit(judged)(np.array([0.5]))[0] < 1
+
+
 def test_certainties_have_a_logit():
     assert np.isfinite(logit(np.array([0.0, 1.0]))).all()
 
@@ -560,7 +566,7 @@ def test_too_few_labels_are_told_and_leave_no_file(pair: Path, labelled: Path):
     (pair / "calibration.json").unlink()
     ran = run("calibrate", labelled, "-m", pair, "--limit", "6")
     assert ran.exit_code == 1
-    assert "3 right and 3 wrong targets" in ran.stderr and "label more pictures, for 10 of each" in ran.stderr
+    assert "3 right and 3 wrong targets" in ran.stderr and "label more, for 10 of each" in ran.stderr
     assert not (pair / "calibration.json").exists()
     assert not [file for file in pair.iterdir() if file.name.startswith(".")]
 
