@@ -21,6 +21,7 @@ from detgpt.evaluation.metrics import load_extra
 
 BEST = "best"
 FOLDS = 5
+ROUNDING = 1e-12  # by which blocks of the same height may differ
 GROUP = 20  # claims of like confidence that are one point of an isotonic curve; a single one would be its end
 FEWEST = 10  # right ones, and wrong ones; from fewer a curve would be made up
 
@@ -95,6 +96,7 @@ def _fit_isotonic(confidences: np.ndarray, aims: np.ndarray) -> Isotonic:
     centres, means = (np.bincount(group, values) / counts for values in (confidences, aims))
     pooled = load_extra("scipy.optimize").isotonic_regression(means, weights=counts)
     starts = pooled.blocks[:-1]
+    starts = starts[np.diff(pooled.x[starts], prepend=-np.inf) > ROUNDING]
     knots = np.add.reduceat(centres * counts, starts) / np.add.reduceat(counts, starts)
     return Isotonic(tuple(knots.tolist()), tuple(pooled.x[starts].tolist()))
 
