@@ -382,7 +382,7 @@ def pair(tiny_pair_folder: Path, tmp_path: Path) -> Path:
     """A tiny pair in a folder of its own, with a calibration that doubts everything."""
     folder = tmp_path / "pair"
     shutil.copytree(tiny_pair_folder, folder)
-    curves = Calibration(Logistic(1.0, bias=-3.0), Logistic(2.0, bias=-2.0))
+    curves = Calibration(Logistic(1.0, bias=-6.0), Logistic(2.0, bias=-2.0))
     fitted = curves.for_weights(identity(str(folder / "reasoner")), identity(str(folder / "detector")))
     (folder / "calibration.json").write_text(fitted.to_json())
     PICTURE.save(tmp_path / "a.png")
@@ -516,14 +516,14 @@ def labelled(tmp_path: Path) -> Path:
     (folder / "images").mkdir(parents=True)
     rows = []
     for number in range(40):
-        Image.new("RGB", (64, 48), (6 * number, 80, 200 - 5 * number)).save(folder / f"images/{number}.png")
+        Image.new("RGB", PICTURE.size, (128, 128, 118 + number // 2)).save(folder / f"images/{number}.png")
         fits = number % 2 == 0
         rows.append(
             {
                 "image": f"images/{number}.png",
                 "instruction": "drink",
                 "targets": ["cup"] if fits else [],
-                "boxes": [[0, 0, 64, 48]] if fits else [],
+                "boxes": [[0, 0, 120, 40]] if fits else [],
                 "labels": ["cup"] if fits else [],
                 "present": ["cup"] if fits else [],
             }

@@ -94,7 +94,7 @@ def _fit_isotonic(confidences: np.ndarray, aims: np.ndarray) -> Isotonic:
     _, group, counts = np.unique(np.searchsorted(edges, confidences), return_inverse=True, return_counts=True)
     centres, means = (np.bincount(group, values) / counts for values in (confidences, aims))
     pooled = load_extra("scipy.optimize").isotonic_regression(means, weights=counts)
-    starts = pooled.blocks[:-1]
+    starts = np.flatnonzero(np.diff(pooled.x, prepend=-1) > 1e-9)  # blocks may be equal
     knots = np.add.reduceat(centres * counts, starts) / np.add.reduceat(counts, starts)
     return Isotonic(tuple(knots.tolist()), tuple(pooled.x[starts].tolist()))
 
