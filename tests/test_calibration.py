@@ -105,13 +105,13 @@ def test_cross_validation_does_not_believe_what_a_curve_learns_by_heart():
 
 
 def test_too_few_claims_or_an_unknown_method_are_refused():
-    with pytest.raises(
-        InputError, match=r"12 right and 3 wrong claims are too few.*label more pictures, for 10 of each"
-    ):
+    with pytest.raises(InputError, match=r"12 right and 3 wrong claims about 15 pictures are too few.*for 10 of each"):
         fit(Judged(np.full(15, 0.5), np.arange(15) < 12, np.arange(15)))
     with pytest.raises(
-        InputError, match=r"method='magic' is unknown: choose one of temperature, logistic, isotonic, best"
+        InputError, match=r"20 right and 20 wrong claims about 4 pictures are too few.*about 5 pictures"
     ):
+        fit(Judged(np.full(40, 0.5), np.arange(40) < 20, np.arange(40) % 4))
+    with pytest.raises(InputError, match=r"method='magic' is unknown: choose one of temperature, logistic, isotonic, "):
         fit(sure_by(lambda p: p), "magic")
 
 
