@@ -46,7 +46,8 @@ def reliability(runs: Mapping[str, Claims]) -> Figure:
             dots: dict[str, Any] = {"s": 5 + 110 * share, "alpha": 0.8, "clip_on": False}
             panel.scatter(x, y, color=COLOURS[stage], label=f"{stage}, ECE {100 * ece:.1f}%", **dots)
         panel.set(title=title, xlabel="how sure", ylabel="how often right", aspect="equal", xlim=(0, 1), ylim=(0, 1))
-        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), markerscale=0.5, frameon=False, fontsize=8)
+        if panel.collections:  # something was claimed
+            panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), markerscale=0.5, frameon=False, fontsize=8)
     return figure
 
 
