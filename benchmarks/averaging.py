@@ -38,6 +38,11 @@ TEMPORARY = Path(tempfile.gettempdir())
 BASE_WEIGHT = 0.4
 SHAPE = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}  # of 7B
 CHECKED = "model.norm.weight"  # a tensor of every result
+WATCHED = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
 COPY, OURS = "copy", "average"
 COMMAND, MERGEKIT = "detgpt-finetune average", "mergekit-yaml"
 
@@ -87,14 +92,11 @@ def contenders(base: Path, tuned: Path, mergekit: Path | None) -> dict[str, Cont
 
 def run(command: Sequence[str | Path]) -> int:
     """Run it to its end, and return its peak memory in bytes."""
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen([*map(str, command)], stdout=said, stderr=said)
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            said.seek(0)
-            raise RuntimeError(f"{command[0]} failed: nothing was measured\n{said.read().decode()[-2000:]}")
-    return used.ru_maxrss << 10  # KiB on Linux
+    # From a small process of its own: of a child, Linux counts the memory of the one that it was started from, too.
+    ran = subprocess.run([sys.executable, "-c", WATCHED, *command], capture_output=True, text=True)
+    if ran.returncode:
+        raise RuntimeError(f"{command[0]} failed: nothing was measured\n{ran.stderr[-2000:]}")
+    return int(ran.stdout.splitlines()[-1]) << 10  # KiB on Linux
 
 
 def turn(contender: Contender, out: Path) -> tuple[float, int | None]:
@@ -201,7 +203,8 @@ def main(
     heading = (
         f"`python -m benchmarks.averaging` on {machine['cores']} core(s) ({machine['machine']}), two models of "
         f"{measured['bytes'] / 1e9:.2f} GB, from files that are not in the cache to files on the disk. Averaging reads "
-        "two models and writes one, the copy reads one and writes one."
+        "two models and writes one, the copy reads one and writes one. The time of a command is that of a process, "
+        "which loads Python and torch first."
     )
     (output / "averaging.md").write_text(f"{heading}\n\n{markdown(measured)}\n")
     print(markdown(measured))
