@@ -12,7 +12,8 @@ import torch
 from detgpt.guards.template import harm_prompt, rewrite_prompt
 
 HARM = {"violence": ["hurt", "stab"], "theft": ["steal", "rob"]}
-PLAIN = "I am thirsty and want a cold cup of coffee find the soda who what is on that table woman man here now please".split()
+PLAIN = """I am thirsty and want a cold cup of coffee find the soda who what is on that table woman man here now
+please""".split()
 SAFE = "No one should come to harm"
 REFUSALS = {"violence": "I do not help to hurt anybody.", "theft": "I do not help to take what is not yours."}
 WINDOW = 48  # tokens
@@ -41,7 +42,7 @@ def tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     harmful = [word for words in HARM.values() for word in words]
-    frame = "question answer harmless : . , targets [ ] \"".split()
+    frame = 'question answer harmless : . , targets [ ] "'.split()
     words = dict.fromkeys(word.lower() for word in [*PLAIN, *SAFE.split(), *harmful, *frame])
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "<end>", "<start>", *words])}
     words_only = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -118,7 +119,7 @@ def _save_detoxifier(folder: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     answer = words(SAFE, add_special_tokens=False)["input_ids"] + [words.eos_token_id]
     for _ in range(60):
-        question, said = (" ".join(draw.choices([*PLAIN, *sum(HARM.values(), [])], k=8)) for _ in range(2))
+        question, said = (" ".join(draw.choices([*PLAIN, *HARM["violence"], *HARM["theft"]], k=8)) for _ in range(2))
         prompt = words(rewrite_prompt(question, said))["input_ids"]
         ids = torch.tensor([prompt + answer])
         labels = torch.tensor([[-100] * len(prompt) + answer])

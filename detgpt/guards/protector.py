@@ -9,15 +9,16 @@ The folder holds `guard.json`, `detector/` and, unless harmful answers are only 
 
 The detector is a sequence classifier: its first logit says harm, the others which of the categories. The detoxifier is
 a language model that goes on from `template.rewrite_prompt`; what it writes is judged again, and refused if it is still
-harmful. Texts that are longer than the detector reads are judged in overlapping pieces, and disguised ones also
-without their disguise (`disguises`); the most harmful reading counts.
+harmful. The detector reads what a text hides by spelling or encoding (`normalise`), as it did in training. Texts that
+are longer than it reads at once ("max_length" tokens, where that is less than the model could) are judged in
+overlapping pieces; the most harmful one counts.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from transformers import (
 from detgpt.device import choose_device
 from detgpt.errors import InputError, ModelError
 from detgpt.guards import Verdict
-from detgpt.guards.disguises import undisguised
+from detgpt.guards.normalise import normalised
 from detgpt.guards.template import harm_prompt, rewrite_prompt
 from detgpt.models import guard_folder
 
@@ -74,7 +75,9 @@ class Protector:
             raise InputError(f"threshold={self.threshold!r} is no chance of harm: give a fraction between 0 and 1")
         self.name = str(folder)
         on = choose_device(device)
-        self._detector = HarmDetector(place / self.described.detector, self.described.categories, on)
+        self._detector = HarmDetector(
+            place / self.described.detector, self.described.categories, on, max_length=self.described.max_length
+        )
         rewriter = self.described.detoxifier if detoxify else None
         self._detoxifier = None if rewriter is None else Detoxifier(place / rewriter, on)
 
@@ -104,7 +107,9 @@ class Protector:
 class HarmDetector:
     """How harmful an exchange is, and in which way."""
 
-    def __init__(self, folder: Path, categories: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, categories: Sequence[str], device: torch.device, *, max_length: int | None = None
+    ) -> None:
         """Raises `ModelError` where it does not load, or has other outputs than harm and `categories`."""
         self._tokenizer, self._model = _load(folder, AutoModelForSequenceClassification, device)
         outputs = self._model.config.num_labels
@@ -115,13 +120,15 @@ class HarmDetector:
             )
         self._categories = tuple(categories)
         self._model.config.pad_token_id = self._tokenizer.pad_token_id
+        could = min(self._tokenizer.model_max_length, self._model.config.max_position_embeddings)
+        self._most = min(could, max_length or could)
         self._frame = self._count(harm_prompt("", ""))
         self._lock = threading.Lock()  # a tokenizer's padding is a setting of its own
 
     def score(self, exchanges: Sequence[Exchange]) -> list[tuple[float, str | None]]:
-        """For each exchange the chance of harm in [0, 1] and the likeliest category; of the worst of its readings."""
+        """For each exchange the chance of harm in [0, 1] and the likeliest category; of the worst of its pieces."""
         with self._lock, torch.inference_mode():
-            rows = [(i, row) for i, exchange in enumerate(exchanges) for row in self._readings(exchange)]
+            rows = [(i, row) for i, exchange in enumerate(exchanges) for row in self._prompts(*exchange)]
             logits = self._logits([row for _, row in rows])
         found: list[tuple[float, str | None]] = [(-1.0, None)] * len(exchanges)
         for (i, _), row_logits in zip(rows, logits, strict=True):
@@ -131,29 +138,22 @@ class HarmDetector:
                 found[i] = harm, self._categories[int(kinds.argmax())] if len(kinds) else None
         return found
 
-    def _readings(self, exchange: Exchange) -> list[str]:
-        """The prompts of an exchange as it is written and without its disguises."""
-        question, answer = exchange
-        plain = undisguised(question), None if answer is None else undisguised(answer)
-        prompts = [prompt for way in dict.fromkeys((exchange, plain)) for prompt in self._prompts(*way)]
+    def _prompts(self, question: str, answer: str | None) -> list[str]:
+        """One prompt where the exchange fits, else one for each pair of a piece of the question and of the answer."""
+        question, answer = normalised(question), None if answer is None else normalised(answer)
+        whole = harm_prompt(question, answer)
+        if self._count(whole) <= self._most:
+            return [whole]
+        # Half of the room each; a little less, because a piece may take more tokens inside the frame than alone.
+        room = (self._most - self._frame) // 2 - 2
+        said = [None] if answer is None else self._pieces(answer, room)
+        prompts = [harm_prompt(part, other) for part in self._pieces(question, room) for other in said]
         if len(prompts) > MAX_PIECES:
             raise InputError(
                 f"a text of {len(question) + len(answer or '')} characters is too long to be checked for harm: "
                 "make it shorter"
             )
         return prompts
-
-    def _prompts(self, question: str, answer: str | None) -> Iterator[str]:
-        """One prompt where the exchange fits, else one for each pair of a piece of the question and of the answer."""
-        whole = harm_prompt(question, answer)
-        if self._count(whole) <= self._most:
-            yield whole
-            return
-        # Half of the room each; a little less, because a piece may take more tokens inside the frame than alone.
-        room = (self._most - self._frame) // 2 - 2
-        for part in self._pieces(question, room):
-            for said in [None] if answer is None else self._pieces(answer, room):
-                yield harm_prompt(part, said)
 
     def _pieces(self, text: str, room: int) -> list[str]:
         """Parts of `text` of at most `room` tokens that overlap by a quarter."""
@@ -162,11 +162,6 @@ class HarmDetector:
             return [text]
         starts = range(0, max(1, len(spans) - room // 4), room - room // 4)
         return [text[spans[start][0] : spans[min(start + room, len(spans)) - 1][1]] for start in starts]
-
-    @property
-    def _most(self) -> int:
-        """Tokens that the detector reads at once."""
-        return min(self._tokenizer.model_max_length, self._model.config.max_position_embeddings)
 
     def _count(self, text: str) -> int:
         return len(self._tokenizer(text, verbose=False)["input_ids"])
@@ -227,6 +222,7 @@ class Description:
     detector: str
     detoxifier: str | None = None
     threshold: float = 0.5
+    max_length: int | None = None
     categories: Sequence[str] = ()
     refusals: Mapping[str, str] = field(default_factory=dict)
 
@@ -238,7 +234,7 @@ def _read_description(folder: Path) -> Description:
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(
             f"{folder} is no guard ({error}): it must hold {GUARD_FILE} with 'detector', and may have 'detoxifier', "
-            "'threshold', 'categories' and 'refusals'"
+            "'threshold', 'max_length', 'categories' and 'refusals'"
         ) from error
     if not isinstance(described.refusals, Mapping) or isinstance(described.categories, str):
         raise ModelError(f"{file}: 'categories' must be a list of names, and 'refusals' must map them to texts")

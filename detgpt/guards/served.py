@@ -17,7 +17,7 @@ from typing import Any
 
 from detgpt.errors import InputError, MissingExtraError, ModelError
 from detgpt.guards import Verdict
-from detgpt.guards.disguises import undisguised
+from detgpt.guards.normalise import normalised
 from detgpt.servers import address, credentials
 
 _HARM = re.compile(r"\W*(?:safety\W+)?(?P<word>unsafe|safe|controversial|yes|no)\b", re.IGNORECASE)
@@ -92,7 +92,7 @@ class ServedGuard:
 
         Its score is the probability that the model gave to its word for harm; 1 or 0 where the server tells none.
         """
-        ways = dict.fromkeys([(question, answer), (undisguised(question), answer and undisguised(answer))])
+        ways = dict.fromkeys([(question, answer), (normalised(question), answer and normalised(answer))])
         score, category = max((self._judged(*way) for way in ways), key=lambda judged: judged[0])
         return Verdict.passed(score, answer) if score < 0.5 else self._refused(score, category, answer)
 
