@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 Action = Literal["pass", "detoxified", "refused"]
 Place = Literal["instruction", "picture", "answer"]
+Exchange = tuple[str, str | None]  # a question, and its answer if there is one
 
 REFUSAL = "I would rather not help with this, because somebody could come to harm. Ask me for something else."
 
@@ -94,6 +95,6 @@ class Guard(Protocol):
         """The verdict on an answer to a question; without an answer, on the question alone."""
         ...
 
-    def check_batch(self, exchanges: Sequence[tuple[str, str | None]]) -> list[Verdict]:
+    def check_batch(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """`check` for each of several pairs of a question and an answer, in order."""
         ...

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from detgpt.errors import InputError, MissingExtraError, ModelError
-from detgpt.guards import Verdict
+from detgpt.guards import Exchange, Verdict
 from detgpt.guards.normalise import normalised
 from detgpt.servers import address, credentials
 
@@ -96,7 +96,7 @@ class ServedGuard:
         score, category = max((self._judged(*way) for way in ways), key=lambda judged: judged[0])
         return Verdict.passed(score, answer) if score < 0.5 else self._refused(score, category, answer)
 
-    def check_batch(self, exchanges: Sequence[tuple[str, str | None]]) -> list[Verdict]:
+    def check_batch(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """`check` for each of several exchanges, in order; several are under way at once."""
         if not exchanges:
             return []
