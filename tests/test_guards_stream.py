@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
+import numpy as np
 import pytest
 from test_pipeline import KITCHEN
 from tiny_guards import REFUSALS, SAFE, save_guard
@@ -129,6 +130,6 @@ def object_detector() -> Any:
             from detgpt.detectors import Grounding
 
             assert names == [()]
-            return [Grounding([], [], [])]  # type: ignore[arg-type]
+            return [Grounding(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))]
 
     return Unasked()

@@ -11,7 +11,7 @@ import typer
 
 from detgpt import terminal
 from detgpt.errors import InputError
-from detgpt.evaluation import comparing, evaluate, table
+from detgpt.evaluation import comparing, evaluate, measuring_safety, table
 from detgpt.evaluation.building import Plan, build
 from detgpt.evaluation.readers import FORMATS, read_dataset
 from detgpt.evaluation.samples import Samples
@@ -44,6 +44,21 @@ def eval_command(
     abilities: Annotated[
         bool, typer.Option("--abilities", help="DATA are questions to the reasoners alone, or tasks of a harness.")
     ] = False,
+    safety: Annotated[
+        bool, typer.Option("--safety", help="DATA are attacks, which one model meets without a guard and with it.")
+    ] = False,
+    guard_model: Annotated[
+        str | None, typer.Option(help="With --safety: the guard, as for `detgpt detect`; else picto.")
+    ] = None,
+    picture_text: Annotated[
+        str | None, typer.Option(help="With --safety: ocr, reasoner or off; else as the model says.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="With --safety: another guard that says which answers do harm.")
+    ] = None,
+    utility: Annotated[
+        Path | None, typer.Option(help="With --safety: wishes whose F1 is measured without the guard and with it.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     debug: Debug = False,
@@ -57,11 +72,34 @@ def eval_command(
     detgpt eval "refcoco/refs(unc).p" --split testA --images train2014/ -m base
 
     detgpt eval --abilities abilities/ -m before/ -m after/
+
+    detgpt eval --safety finetune/protector/splits/attacks --utility finetune/picto/splits/seen
     """
     with terminal.reporting(debug):
+        for_safety = {"guard_model": guard_model, "picture_text": picture_text, "judge": judge, "utility": utility}
+        if not safety:
+            _refuse("they go with --safety", **for_safety)
+        if safety:
+            _refuse(
+                "--safety asks one reasoner and draws nothing",
+                **{"format": format, "annotations": annotations, "images": images, "split": split, "report": report},
+                **{"tiles": tiles, "masks": masks or None, "abilities": abilities or None},
+            )
+            measured = measuring_safety.measure(
+                data, model or ["picto"], limit, {"device": device, "dtype": dtype}, debug, **for_safety
+            )
+            typer.echo(measured.table())
+            if output:
+                _write(output, json.dumps(measured.to_dict(), indent=2) + "\n")
+            if samples:
+                _write(samples, measured.lines())
+            return
         if abilities:
             for_wishes = {"format": format, "annotations": annotations, "images": images, "split": split}
-            _refuse(**for_wishes, report=report, tiles=tiles, masks=masks or None)
+            _refuse(
+                "--abilities asks questions and finds nothing",
+                **{**for_wishes, "report": report, "tiles": tiles, "masks": masks or None},
+            )
             loading = {"device": device, "dtype": dtype}
             compared = comparing.compare(data, model or ["picto"], limit, batch_size, loading, debug)
             typer.echo(compared.table())
@@ -135,10 +173,10 @@ def bench_build_command(
         terminal.print_json(about["counts"])
 
 
-def _refuse(**options: Any) -> None:
-    """Raise `InputError` for options that are about wishes."""
-    if given := [f"--{name}" for name, value in options.items() if value is not None]:
-        raise InputError(f"--abilities asks questions and finds nothing: leave {', '.join(given)} out")
+def _refuse(reason: str, **options: Any) -> None:
+    """Raise `InputError` for options that are given, with the reason why they cannot be."""
+    if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]:
+        raise InputError(f"{reason}: leave {', '.join(given)} out")
 
 
 def _title(path: Path, data: list[Path], split: str | None) -> str:

@@ -1,4 +1,4 @@
-"""The two models of a guard's folder: the harm detector, a sequence classifier, and the detoxifier, a language model."""
+"""The two models of a guard's folder: the harm detector, which classifies, and the detoxifier, which writes."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ class HarmDetector:
 
     def _pieces(self, text: str, room: int) -> list[str]:
         """Parts of `text` of at most `room` tokens that overlap by a quarter."""
-        spans = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        spans = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+            "offset_mapping"
+        ]
         if not spans:
             return [text]
         starts = range(0, max(1, len(spans) - room // 4), room - room // 4)
