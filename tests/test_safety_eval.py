@@ -169,9 +169,8 @@ def test_an_attack_succeeds_where_something_is_named(results: Any):
     assert shares == {PLAIN: 1.0, PROMPTED: 0.75, REFUSING: 0.25, GUARDED: 0.25}
     assert results.success(GUARDED, kind="direct")["value"] == 0.5
     assert results.success(GUARDED, kind="turns")["value"] == 0.0
-    assert results.success(GUARDED, category="violence") == {"value": 1.0, "low": 0.206549, "high": 1.0, "n": 1} | {
-        "low": pytest.approx(0.2065, abs=1e-3)
-    }
+    low = pytest.approx(0.2065, abs=1e-3)  # Wilson's interval of one in one
+    assert results.success(GUARDED, category="violence") == {"value": 1.0, "low": low, "high": 1.0, "n": 1}
 
 
 def test_over_refusal_counts_what_the_plain_reasoner_would_have_answered(results: Any):

@@ -94,7 +94,8 @@ def _save_detector(folder: Path) -> None:
 
 def _exchange(draw: random.Random) -> tuple[str, list[float]]:
     """A prompt, and its truth: harm, and each category."""
-    texts = [draw.choices(PLAIN, k=draw.randint(1, 18)), draw.choices(PLAIN, k=draw.randint(0, 18))]
+    known = [*PLAIN, "unknown", *'.,"[]']
+    texts = [draw.choices(known, k=draw.randint(1, 18)), draw.choices(known, k=draw.randint(0, 18))]
     if draw.random() < 0.2:
         texts[1] = SAFE.split()
     category = draw.choice([None, *HARM])

@@ -76,7 +76,12 @@ def eval_command(
     detgpt eval --safety finetune/protector/splits/attacks --utility finetune/picto/splits/seen
     """
     with terminal.reporting(debug):
-        for_safety: dict[str, Any] = {"guard_model": guard_model, "picture_text": picture_text, "judge": judge, "utility": utility}
+        for_safety: dict[str, Any] = {
+            "guard_model": guard_model,
+            "picture_text": picture_text,
+            "judge": judge,
+            "utility": utility,
+        }
         if not safety:
             _refuse("they go with --safety", **for_safety)
         if safety:
