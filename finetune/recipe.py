@@ -34,6 +34,8 @@ STAGES = {
     "pretrain": "finetune.stages.pretrain",
     "detector": "finetune.stages.detector",
     "hma": "finetune.averaging.hma",
+    "pareto": "finetune.averaging.pareto",
+    "compare": "finetune.preference.compare",
     **{name: f"finetune.preference.{name}" for name in ("reward", "dpo", "iterative_dpo", "raft", "grpo", "rloo")},
     **{
         f"picto.{step}": f"finetune.picto.{step}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -44,6 +45,9 @@ def demo(
     picture_text: Annotated[
         str | None, typer.Option(help="How the guard reads what is written in a picture: ocr, reasoner or off.")
     ] = None,
+    feedback: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Give answers thumbs; store clicks and their pictures here.")
+    ] = None,
 ) -> None:
     """Open a page in the browser: a picture, a wish, and what fits it.
 
@@ -67,6 +71,7 @@ def demo(
             "login": login,
             "queue_size": queue_size,
             "mcp": mcp,
+            "feedback": feedback,
         }
         serve(names, **page, **loading)
 
@@ -80,11 +85,13 @@ def serve(
     login: tuple[str, str] | None = None,
     queue_size: int = 32,
     mcp: bool = False,
+    feedback: Path | None = None,
     wait: bool = True,
     **loading: Any,
 ) -> Any:
     """Load the first model and serve the page; without `wait` give back the running `gr.Blocks`.
 
+    feedback: the folder that clicks on thumbs go to, see `detgpt.web.feedback`; None: there are no thumbs.
     loading: further arguments of `DetGPT.from_pretrained` for every model, such as `device`.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
@@ -95,14 +102,16 @@ def serve(
             import mcp as _  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(error.name or "gradio", "demo") from error
+    from detgpt.web.feedback import Clicks
     from detgpt.web.models import Models
     from detgpt.web.page import LOOK, build
 
+    clicks = Clicks(feedback) if feedback else None
     models, first = Models(names, **loading), resolve(names[0])
     parts = [first.detector] if loading.get("base_url") else [first.reasoner, first.detector]
     with terminal.loading(names[0], parts, debug=False):
         models[names[0]]
-    page = build(models)
+    page = build(models, clicks)
     page.queue(max_size=queue_size)
     try:
         page.launch(
