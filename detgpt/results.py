@@ -115,6 +115,11 @@ class Detections:
         """Whether a guard would not have this answered."""
         return self.guard is not None and self.guard.action == "refused"
 
+    @property
+    def was_held_back(self) -> bool:
+        """Whether a guard found harm, so that the answer is a refusal or a rewriting."""
+        return self.guard is not None and self.guard.harmful
+
     def __iter__(self) -> Iterator[tuple[np.ndarray, float, str]]:
         return zip(self.boxes, self.scores.tolist(), self.labels, strict=True)
 

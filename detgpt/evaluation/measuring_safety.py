@@ -73,7 +73,7 @@ def measure(
             plain = plain or found
             results.utility[name] = {
                 "F1@0.5 of wishes": numbers["end_to_end"]["f1_50"],
-                "wishes refused or rewritten": _share_of(bool(r.guard and r.guard.harmful) for r in found),
+                "wishes refused or rewritten": _share_of(result.was_held_back for result in found),
                 "answers byte for byte": _share_of(a.answer == b.answer for a, b in zip(plain, found, strict=True)),
             }
     return results

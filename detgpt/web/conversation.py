@@ -49,6 +49,11 @@ class Conversation:
         """Names instead of a wish: no reasoning, and no turn to remember."""
         return replace(self, found=model.detect(self.picture, names=names, **_everything(model)))
 
+    @property
+    def was_held_back(self) -> bool:
+        """Whether the guard refused or rewrote the last answer."""
+        return self.found is not None and self.found.was_held_back
+
     def anew(self, model: str | None = None) -> Conversation:
         """The same picture, nothing said."""
         return replace(self, model=model or self.model, turns=(), found=None)

@@ -14,7 +14,7 @@ import typer
 
 from detgpt import terminal
 from detgpt.errors import InputError, MissingExtraError
-from detgpt.models import PAIRS, load_guard, resolve
+from detgpt.models import PAIRS, resolve
 
 VISITORS = 200  # whose pictures are kept in memory; past that the oldest are forgotten
 MAX_UPLOAD = "200mb"
@@ -61,7 +61,7 @@ def demo(
         loading: dict[str, Any] = {
             "device": device,
             **({"base_url": server, "api_key": reasoner_key} if server else {}),
-            **({"guard": load_guard(guard_model, api_key=guard_key, device=device)} if guard else {}),
+            **({"guard": guard_model, "guard_key": guard_key} if guard else {}),
             **({"picture_text": picture_text} if picture_text else {}),
         }
         page: dict[str, Any] = {
