@@ -55,20 +55,8 @@ def test_a_refusal_is_printed_with_its_reason(folder: Path, tiny_pair_folder: Pa
 
 
 def test_json_has_the_verdict(folder: Path, tiny_pair_folder: Path, picture: Path):
-    ran = run(
-        *(
-            "detect",
-            picture,
-            "drink",
-            "-m",
-            tiny_pair_folder,
-            "--guard-model",
-            folder,
-            "--picture-text",
-            "off",
-            "--json",
-        )
-    )
+    guarded = ["-m", tiny_pair_folder, "--guard-model", folder, "--picture-text", "off"]
+    ran = run("detect", picture, "drink", *guarded, "--json")
     result = json.loads(ran.stdout)
     assert result["guard"]["action"] == "pass"
     assert result["detections"]
