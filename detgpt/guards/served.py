@@ -4,7 +4,8 @@
 
 The server's chat template turns the exchange into the model's own prompt. These forms of a reply are read: "safe", or
 "unsafe" and the codes of the categories on the next line (Llama Guard); "Safety: Unsafe" and "Categories: Violent"
-(Qwen3Guard); "Yes" or "No" to whether there is harm (Granite Guardian, ShieldGemma). Any other reply is an error.
+(Qwen3Guard, whose "Controversial" is taken for harm); "Yes" or "No" to whether there is harm (Granite Guardian). Any
+other reply is an error.
 """
 
 from __future__ import annotations
