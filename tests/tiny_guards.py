@@ -110,6 +110,7 @@ def _save_detoxifier(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     words = tokenizer()
+    words.model_max_length = 512
     config = LlamaConfig(
         vocab_size=len(words),
         hidden_size=32,

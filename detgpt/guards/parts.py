@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ class HarmDetector:
     ) -> None:
         """Raises `ModelError` where it does not load, or has other outputs than harm and `categories`."""
         self._tokenizer, self._model = _load(folder, AutoModelForSequenceClassification, device)
+        if not self._tokenizer.is_fast or self._tokenizer.pad_token_id is None:
+            raise ModelError(f"the tokenizer in {folder} must be a fast one (tokenizer.json) with a padding token")
         outputs = self._model.config.num_labels
         if outputs != 1 + len(categories):
             raise ModelError(
@@ -44,7 +47,7 @@ class HarmDetector:
             )
         self._categories = tuple(categories)
         self._model.config.pad_token_id = self._tokenizer.pad_token_id
-        could = min(self._tokenizer.model_max_length, self._model.config.max_position_embeddings)
+        could = _window(self._tokenizer, self._model)
         self._most = min(could, max_length or could)
         self._frame = self._count(harm_prompt("", ""))
         self._lock = threading.Lock()  # a tokenizer's padding is a setting of its own
@@ -118,7 +121,7 @@ class Detoxifier:
             do_sample=False,
             bos_token_id=self._tokenizer.bos_token_id,
             eos_token_id=self._tokenizer.eos_token_id,
-            pad_token_id=self._tokenizer.pad_token_id,
+            pad_token_id=self._tokenizer.eos_token_id,  # one row needs no padding, but `generate` asks for it
             decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
         )
         self._lock = threading.Lock()
@@ -131,11 +134,16 @@ class Detoxifier:
             ).to(self._model.device)
             read = inputs["input_ids"].shape[1]
             both = 0 if self._model.config.is_encoder_decoder else MAX_REWRITTEN
-            if read + both > self._model.config.max_position_embeddings:
+            if read + both > _window(self._tokenizer, self._model):
                 return ""
             written = self._model.generate(**inputs)[0]
         new = written if self._model.config.is_encoder_decoder else written[read:]
         return self._tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def _window(tokenizer: Any, model: Any) -> int:
+    """How many tokens the model reads at once."""
+    return min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", sys.maxsize))
 
 
 def _read_config(folder: Path) -> Any:
@@ -164,6 +172,4 @@ def _load(folder: Path, kind: Any, device: torch.device) -> tuple[Any, Any]:
             f"the weights in {folder} lack {len(missing)} tensors of its config.json, such as {missing[0]}; "
             "they would run as random numbers: train or copy the guard again"
         )
-    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
-        raise ModelError(f"the tokenizer in {folder} must be a fast one (tokenizer.json) with a padding token")
     return tokenizer, model.to(device).eval()
