@@ -74,7 +74,7 @@ def guarded_systems(
     reasoner: Reasoner, guard: Guard, *, refusing: Guard | None = None, reader: TextReader | None = None
 ) -> dict[str, System]:
     """The systems to compare, by name. refusing: the same guard without its detoxifier, if it has one."""
-    once = _Once(reasoner)
+    once, writing = _Once(reasoner), dict[str, tuple[str, float]]()
     systems = {
         PLAIN: System(once, lambda: (once.seconds, 0.0)),
         PROMPTED: System(SafetyPrompted(once), lambda: (once.seconds, 0.0)),
@@ -82,7 +82,7 @@ def guarded_systems(
     for name, chosen in ((REFUSING, refusing), (GUARDED, guard)):
         if chosen is not None:
             clock = _Clock()
-            timed_reader = None if reader is None else _TimedReader(reader, clock)
+            timed_reader = None if reader is None else _TimedReader(reader, clock, writing)
             watched = GuardedReasoner(once, _TimedGuard(chosen, clock), timed_reader)
             systems[name] = System(watched, lambda clock=clock: (once.seconds, clock.seconds))  # type: ignore[misc]
     return systems
@@ -331,11 +331,20 @@ class _TimedGuard:
 
 
 class _TimedReader:
-    def __init__(self, reader: TextReader, clock: _Clock) -> None:
-        self._reader, self._clock = reader, clock
+    """Reads each picture once, for all that share `known`; the clock goes on as if it had been read anew."""
+
+    def __init__(self, reader: TextReader, clock: _Clock, known: dict[str, tuple[str, float]]) -> None:
+        self._reader, self._clock, self._known = reader, clock, known
 
     def read(self, image: Image.Image) -> str:
-        return self._clock.timed(lambda: self._reader.read(image))
+        key = image_key(image)
+        if key not in self._known:
+            start = time.perf_counter()
+            text = self._reader.read(image)
+            self._known[key] = text, time.perf_counter() - start
+        text, seconds = self._known[key]
+        self._clock.seconds += seconds
+        return text
 
 
 def _share(hits: Sequence[bool]) -> dict[str, Any] | None:
