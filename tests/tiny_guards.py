@@ -1,4 +1,4 @@
-"""Guards that are real but tiny: they know a few words, and were trained on sentences of these within seconds."""
+"""Guards that are real but tiny: they know a few words, and have one sentence to say instead."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from detgpt.guards.template import harm_prompt, rewrite_prompt
+from detgpt.guards.template import rewrite_prompt
 
 HARM = {"violence": ["hurt", "stab"], "theft": ["steal", "rob"]}
 PLAIN = """I am thirsty and want a cold cup of coffee find the soda who what is on that table woman man here now
@@ -60,50 +60,46 @@ def tokenizer() -> Any:
 
 
 def _save_detector(folder: Path) -> None:
+    """A BERT whose weights are set by hand: it looks at harmful words, and says by which direction they point in.
+
+    Harmful words are axes 0 and 1 of the embedding, one for each category; others are patterns of +1 and -1 beside them.
+    """
     from transformers import BertConfig, BertForSequenceClassification
 
-    words = tokenizer()
+    words, width = tokenizer(), 16
     config = BertConfig(
         vocab_size=len(words),
-        hidden_size=32,
+        hidden_size=width,
         num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
+        num_attention_heads=1,
+        intermediate_size=width,
         max_position_embeddings=WINDOW,
         num_labels=1 + len(HARM),
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
         pad_token_id=words.pad_token_id,
     )
-    model = BertForSequenceClassification(config)
+    model = BertForSequenceClassification(config).eval()
+    for name, weights in model.state_dict().items():
+        if weights.is_floating_point():
+            weights.fill_(float(name.endswith("LayerNorm.weight")))
+    state = model.state_dict()
     draw = random.Random(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = [1.0]
-    while sum(losses[-10:]) / len(losses[-10:]) > 0.01:
-        assert len(losses) < 3000, "the tiny detector does not learn its words"
-        prompts, truths = zip(*(_exchange(draw) for _ in range(32)), strict=True)
-        inputs = words(list(prompts), padding=True, return_token_type_ids=False, return_tensors="pt")
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(model(**inputs).logits, torch.tensor(truths))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    model.eval().save_pretrained(folder)
+    for i in range(len(words)):
+        pattern = [1.0, -1.0] * ((width - 2) // 2)
+        draw.shuffle(pattern)
+        state["bert.embeddings.word_embeddings.weight"][i] = torch.tensor([0.0, 0.0, *pattern])
+    for axis, harmful in enumerate(HARM.values()):
+        for word in harmful:
+            state["bert.embeddings.word_embeddings.weight"][words.convert_tokens_to_ids(word)] = torch.eye(width)[axis]
+    attention = "bert.encoder.layer.0.attention"
+    state[f"{attention}.self.query.bias"][0] = 4.0
+    state[f"{attention}.self.key.weight"][0, :2] = 4.0  # so that a harmful word outweighs all others
+    state[f"{attention}.self.value.weight"][:2, :2] = torch.eye(2)
+    state[f"{attention}.output.dense.weight"][:2, :2] = 10 * torch.eye(2)
+    state["bert.pooler.dense.weight"][:2, :2] = torch.eye(2)
+    state["classifier.weight"][:, :2] = torch.tensor([[40.0, 40.0], [20.0, 0.0], [0.0, 20.0]])
+    state["classifier.bias"][:] = -10.0
+    model.save_pretrained(folder)
     words.save_pretrained(folder)
-
-
-def _exchange(draw: random.Random) -> tuple[str, list[float]]:
-    """A prompt, and its truth: harm, and each category."""
-    known = [*PLAIN, "unknown", *'.,"[]']
-    texts = [draw.choices(known, k=draw.randint(1, 18)), draw.choices(known, k=draw.randint(0, 18))]
-    if draw.random() < 0.2:
-        texts[1] = SAFE.split()
-    category = draw.choice([None, *HARM])
-    if category:
-        text = draw.choice(texts)
-        text.insert(draw.randint(0, len(text)), draw.choice(HARM[category]))
-    truth = [float(category is not None), *(float(category == name) for name in HARM)]
-    return harm_prompt(" ".join(texts[0]), " ".join(texts[1])), truth
 
 
 def _save_detoxifier(folder: Path) -> None:
@@ -125,7 +121,9 @@ def _save_detoxifier(folder: Path) -> None:
     draw = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     answer = words(SAFE, add_special_tokens=False)["input_ids"] + [words.eos_token_id]
-    for _ in range(60):
+    losses = [1.0]
+    while losses[-1] > 0.01:
+        assert len(losses) < 1000, "the tiny detoxifier does not learn its sentence"
         question, said = (" ".join(draw.choices([*PLAIN, *HARM["violence"], *HARM["theft"]], k=8)) for _ in range(2))
         prompt = words(rewrite_prompt(question, said))["input_ids"]
         ids = torch.tensor([prompt + answer])
@@ -134,5 +132,6 @@ def _save_detoxifier(folder: Path) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        losses.append(loss.item())
     model.eval().save_pretrained(folder)
     words.save_pretrained(folder)
