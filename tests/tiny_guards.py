@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from detgpt.guards.template import rewrite_prompt
 
 HARM = {"violence": ["hurt", "stab"], "theft": ["steal", "rob"]}
 PLAIN = """I am thirsty and want a cold cup of coffee find the soda who what is on that table woman man here now
@@ -21,7 +20,6 @@ WINDOW = 48  # tokens
 
 def save_guard(folder: Path, *, detoxifier: bool = True) -> Path:
     """A guard that takes the words of `HARM` for harm and rewrites harmful answers as `SAFE`."""
-    torch.manual_seed(0)
     _save_detector(folder / "detector")
     if detoxifier:
         _save_detoxifier(folder / "detoxifier")
@@ -62,7 +60,7 @@ def tokenizer() -> Any:
 def _save_detector(folder: Path) -> None:
     """A BERT whose weights are set by hand: it looks at harmful words, and says by which direction they point in.
 
-    Harmful words are axes 0 and 1 of the embedding, one for each category; others are patterns of +1 and -1 beside them.
+    Harmful words are axes 0 and 1 of the embedding, one for each category; others are patterns of +1 and -1 elsewhere.
     """
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -103,35 +101,28 @@ def _save_detector(folder: Path) -> None:
 
 
 def _save_detoxifier(folder: Path) -> None:
+    """A Llama whose weights are set by hand: it goes on from the last word alone, with the next one of `SAFE`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     words = tokenizer()
     words.model_max_length = 512
     config = LlamaConfig(
         vocab_size=len(words),
-        hidden_size=32,
+        hidden_size=128,  # at least a place for each word
         num_hidden_layers=1,
         num_attention_heads=2,
-        intermediate_size=32,
+        intermediate_size=16,
         max_position_embeddings=512,
         pad_token_id=words.pad_token_id,
         eos_token_id=words.eos_token_id,
     )
-    model = LlamaForCausalLM(config)
-    draw = random.Random(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    answer = words(SAFE, add_special_tokens=False)["input_ids"] + [words.eos_token_id]
-    losses = [1.0]
-    while losses[-1] > 0.01:
-        assert len(losses) < 1000, "the tiny detoxifier does not learn its sentence"
-        question, said = (" ".join(draw.choices([*PLAIN, *HARM["violence"], *HARM["theft"]], k=8)) for _ in range(2))
-        prompt = words(rewrite_prompt(question, said))["input_ids"]
-        ids = torch.tensor([prompt + answer])
-        labels = torch.tensor([[-100] * len(prompt) + answer])
-        loss = model(input_ids=ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    model.eval().save_pretrained(folder)
+    model = LlamaForCausalLM(config).eval()
+    state = model.state_dict()
+    for name, weights in state.items():
+        weights.fill_(float("norm" in name))
+    state["model.embed_tokens.weight"][:, : len(words)] = torch.eye(len(words))
+    sentence = [words.convert_tokens_to_ids(word) for word in (":", *SAFE.lower().split(), "<end>")]
+    for before, after in itertools.pairwise(sentence):
+        state["lm_head.weight"][after, before] = 1.0
+    model.save_pretrained(folder)
     words.save_pretrained(folder)
