@@ -220,6 +220,8 @@ GUARDS = {"picto": _weights_folder() / "picto-guard"}
 def guard_folder(guard: str | Path) -> Path:
     """The folder of a guard by name or path. Raises `ModelError` where there is none."""
     folder = GUARDS.get(str(guard), Path(guard))
+    if str(guard) in GUARDS and not folder.is_dir():
+        raise ModelError(f"the guard {str(guard)!r} was left out of this installation: install detgpt anew")
     if not folder.is_dir():
         raise ModelError(
             f"there is no guard {str(guard)!r}: choose {', '.join(GUARDS)}, give the folder of a guard, or the address "

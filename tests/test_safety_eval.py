@@ -196,7 +196,7 @@ def test_time_is_counted_where_something_was_flagged_and_where_not(results: Any)
     plain, guarded = results.latency(PLAIN), results.latency(GUARDED)
     assert (plain["unflagged_overhead"], plain["flagged"]) == (0.0, None)
     assert guarded["unflagged_added"] >= 0.004  # the wish and the answer
-    assert guarded["unflagged_overhead"] == pytest.approx(2, rel=0.5)
+    assert guarded["unflagged_overhead"] > 0.5  # two checks, each as long as an answer
     assert guarded["flagged"] >= 0.002
     assert guarded["first_words"] > plain["first_words"] > 0
 
