@@ -18,6 +18,7 @@ from PIL import Image
 
 from detgpt.draw import draw
 from detgpt.errors import InputError, MissingExtraError
+from detgpt.guards import Verdict
 from detgpt.masks import check_room, mask_to_rle, read_only_masks, rle_to_mask
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Detections:
     image_wh: its width and height; taken from `image` where that is given.
     masks: (N, H, W) bool, the pixels of each box's thing; None where they were not asked for.
     unsure: what the reasoner named but is less sure of than `min_confidence` asks; it was not looked for.
+    guard: what a guard found; None where nobody looked. What it refused has no targets, and its reasoning says why.
 
     The arrays are read-only copies. `len()` counts boxes, so an empty result is false;
     iterating gives `(box, score, label)`. Raises InputError where the parts do not fit together.
@@ -72,6 +74,7 @@ class Detections:
     image_wh: tuple[int, int] = (0, 0)
     masks: np.ndarray | None = None
     unsure: tuple[Target, ...] = ()
+    guard: Verdict | None = None
 
     def __post_init__(self) -> None:
         normal: dict[str, Any] = {
@@ -111,6 +114,16 @@ class Detections:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def refused(self) -> bool:
+        """Whether a guard would not have this answered."""
+        return self.guard is not None and self.guard.action == "refused"
+
+    @property
+    def was_held_back(self) -> bool:
+        """Whether a guard found harm, so that the answer is a refusal or a rewriting."""
+        return self.guard is not None and self.guard.harmful
+
     def __iter__(self) -> Iterator[tuple[np.ndarray, float, str]]:
         return zip(self.boxes, self.scores.tolist(), self.labels, strict=True)
 
@@ -131,7 +144,7 @@ class Detections:
         return np.array_equal(self.masks, other.masks)
 
     def _without_arrays(self) -> tuple[object, ...]:
-        said = self.reasoning, self.answer, self.problem, self.instruction
+        said = self.reasoning, self.answer, self.problem, self.instruction, self.guard
         return self.labels, self.targets, self.unsure, said, self.image_wh
 
     def __repr__(self) -> str:
@@ -240,6 +253,7 @@ class Detections:
             "image_wh": list(self.image_wh),
             "problem": self.problem,
             "answer": self.answer,
+            "guard": None if self.guard is None else self.guard.to_dict(),
         }
 
     @classmethod
@@ -249,6 +263,7 @@ class Detections:
             found = data["detections"]
             width, height = data["image_wh"]
             runs = [row["mask"] for row in found] if any("mask" in row for row in found) else []
+            verdict = data.get("guard")  # results of version 0.1 have none
             check_room(len(runs), (width, height))
             return cls(
                 boxes=np.array([row["xyxy"] for row in found], dtype=np.float32),
@@ -262,6 +277,7 @@ class Detections:
                 instruction=data["instruction"],
                 image_wh=(width, height),
                 masks=np.stack([rle_to_mask(rle, (width, height)) for rle in runs]) if runs else None,
+                guard=None if verdict is None else Verdict.from_dict(verdict),
             )
         except KeyError as error:
             raise InputError(f"not a saved result: {error} is missing; give what to_dict returned") from error

@@ -20,7 +20,9 @@ HEAVY = [
     "prometheus_client",
     "openai",
     "cv2",
+    "onnxruntime",
     "pandas",
+    "rapidocr",
     "supervision",
     "ray",
 ]

@@ -11,7 +11,7 @@ import typer
 
 from detgpt import terminal
 from detgpt.errors import InputError
-from detgpt.evaluation import comparing, evaluate, table, trust
+from detgpt.evaluation import comparing, evaluate, measuring_safety, table, trust
 from detgpt.evaluation.building import Plan, build
 from detgpt.evaluation.diagrams import FIGURE
 from detgpt.evaluation.harness import Harness
@@ -56,6 +56,21 @@ def eval_command(
         typer.Option(metavar="TASK[,TASK…]", help="With --abilities: tasks of the lm-evaluation-harness too."),
     ] = None,
     harness_tasks: Annotated[Path | None, typer.Option(help="A folder with task files of your own for it.")] = None,
+    safety: Annotated[
+        bool, typer.Option("--safety", help="DATA are attacks, which one model meets without a guard and with it.")
+    ] = False,
+    guard_model: Annotated[
+        str | None, typer.Option(help="With --safety: the guard, as for `detgpt detect`; else picto.")
+    ] = None,
+    picture_text: Annotated[
+        str | None, typer.Option(help="With --safety: ocr, reasoner or off; else as the model says.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="With --safety: another guard that says which answers do harm.")
+    ] = None,
+    utility: Annotated[
+        Path | None, typer.Option(help="With --safety: wishes whose F1 is measured without the guard and with it.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     debug: Debug = False,
@@ -73,12 +88,37 @@ def eval_command(
     detgpt eval --abilities abilities/ -m before/ -m after/
 
     detgpt eval --abilities --harness arc_easy,piqa -m before/ -m after/
+
+    detgpt eval --safety finetune/protector/splits/attacks --utility finetune/picto/splits/seen
     """
     with terminal.reporting(debug):
         tasks = _harness(harness, harness_tasks, abilities)
         data = data or []
         if not data and not tasks:
             raise typer.BadParameter("give a folder or a file", param_hint="DATA")
+        for_safety: dict[str, Any] = {
+            "guard_model": guard_model,
+            "picture_text": picture_text,
+            "judge": judge,
+            "utility": utility,
+        }
+        if not safety:
+            _refuse("they go with --safety", **for_safety)
+        else:
+            _refuse(
+                "--safety asks one reasoner and draws nothing",
+                **{"format": format, "annotations": annotations, "images": images, "split": split, "report": report},
+                **{"tiles": tiles, "masks": masks, "calibration": calibration, "abilities": abilities},
+            )
+            measured = measuring_safety.measure(
+                data, model or ["picto"], limit, {"device": device, "dtype": dtype}, debug, **for_safety
+            )
+            typer.echo(measured.table())
+            if output:
+                _write(output, json.dumps(measured.to_dict(), indent=2) + "\n")
+            if samples:
+                _write(samples, measured.lines())
+            return
         if abilities:
             for_wishes = {"format": format, "annotations": annotations, "images": images, "split": split}
             about_boxes = {"report": report, "tiles": tiles, "masks": masks, "calibration": calibration}
@@ -183,10 +223,12 @@ def _harness(tasks: str | None, folder: Path | None, abilities: bool) -> Harness
     return Harness(tasks.split(","), folder)
 
 
-def _refuse(because: str, **options: Any) -> None:
-    """Raise `InputError` for options that do not go together with what was asked for."""
-    if given := [f"--{name}" for name, value in options.items() if value is not None and value is not False]:
-        raise InputError(f"{because}: leave {', '.join(given)} out")
+def _refuse(reason: str, **options: Any) -> None:
+    """Raise `InputError` for options that are given, with the reason why they cannot be."""
+    if given := [
+        f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None and value is not False
+    ]:
+        raise InputError(f"{reason}: leave {', '.join(given)} out")
 
 
 def _title(path: Path, data: list[Path], split: str | None) -> str:

@@ -42,8 +42,8 @@ class Conversation:
         """The reasoning as it is written, then the conversation with this turn."""
         for event in model.uncalibrated().stream(self.picture, wish, history=self.turns, **_everything(model)):
             if isinstance(event, Detections):
-                turns = (*self.turns, Turn(wish, event.answer))
-                yield replace(self, turns=turns, found=event, calibration=model.calibration)
+                said = () if event.refused else (Turn(wish, event.answer),)
+                yield replace(self, turns=(*self.turns, *said), found=event, calibration=model.calibration)
             else:
                 yield event
 
@@ -51,6 +51,11 @@ class Conversation:
         """Names instead of a wish: no reasoning, and no turn to remember."""
         found = model.uncalibrated().detect(self.picture, names=names, **_everything(model))
         return replace(self, found=found, calibration=model.calibration)
+
+    @property
+    def was_held_back(self) -> bool:
+        """Whether the guard refused or rewrote the last answer."""
+        return self.found is not None and self.found.was_held_back
 
     def anew(self, model: str | None = None) -> Conversation:
         """The same picture, nothing said."""
@@ -87,7 +92,9 @@ class Conversation:
         """The Python call that gives what is shown; `changed` are the options that differ from the model's own."""
         if self.found is None:
             return ""
-        picture, *wishes = (_literal(text) for text in (self.source, *(turn.instruction for turn in self.turns)))
+        asked_now = [self.found.instruction] if self.found.refused and self.found.instruction else []
+        said = [*(turn.instruction for turn in self.turns), *asked_now]
+        picture, *wishes = (_literal(text) for text in (self.source, *said))
         settings = [f"{name}={value!r}" for name, value in changed.items()]
         choice = [] if self.model == "picto" else [f"model={_literal(self.model)}"]
         if self.found.instruction is None:

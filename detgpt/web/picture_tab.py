@@ -235,7 +235,7 @@ class PictureTab:
         except DetGPTError as error:
             raise shown_error(error) from error
         answers = dict(visit.answers)
-        if mode == WISH:
+        if mode == WISH and not conversation.was_held_back:  # those words would be the guard's
             *history, turn = conversation.turns
             answers[len(said)] = Answer(turn, tuple(history), conversation.model)
         visit = replace(visit, conversation=conversation, answers=answers)
@@ -354,6 +354,8 @@ def _in_words(result: Detections | None) -> str:
     found = [_how_sure(target) for target in result.targets if target.found]
     missed = [target.name for target in result.targets if not target.found]
     problem = result.problem and result.problem.rstrip(".")
+    if result.was_held_back:
+        return result.reasoning  # a refusal, or what may be said; it has its reason in it
     if problem and not result.targets:
         conclusion = f"**I cannot use my own answer:** {problem}. Please say it in other words."
     elif not result.targets:
