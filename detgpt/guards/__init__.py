@@ -1,0 +1,75 @@
+"""The guard protocol: a question and its answer in, a verdict out. Imports no model code.
+
+A guard judges what was asked and what is about to be said. It lets harmless words through as they are, has harmful
+answers rewritten, or refuses with a reason. Backends, one file each: `protector` (a harm detector and a detoxifier,
+after MLLM-Protector, arXiv:2401.02906), `served` (a guard model on an OpenAI-compatible server). `guarded` puts one
+before a reasoner, `template` has the wording that its models are trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+Action = Literal["pass", "detoxified", "refused"]
+Place = Literal["instruction", "picture", "answer"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a guard found, and what it did about it.
+
+    harmful: whether it saw harm.
+    category: the kind of harm, in the guard's own words; None where there is none, or the guard names none.
+    score: how sure it is of harm, in [0, 1].
+    action: "pass": the answer goes on as it is, byte for byte; "detoxified": it was rewritten; "refused".
+    where: what was harmful: the instruction, text in the picture, or the answer; None where nothing was.
+    original: the answer that was held back; None where none was. Kept for logs: never show it. It is no part of
+        `repr`, of equality or of `to_dict`.
+    text: what may be shown: the answer, its rewriting, or a refusal; empty where only a question passed.
+    reason: for people, why; empty where nothing was found.
+    """
+
+    harmful: bool
+    category: str | None
+    score: float
+    action: Action
+    where: Place | None
+    original: str | None = field(repr=False, compare=False)
+    text: str
+    reason: str
+
+    @classmethod
+    def passed(cls, score: float, answer: str | None = None) -> Verdict:
+        """No harm: `answer` may be shown as it is."""
+        return cls(False, None, score, "pass", None, None, answer or "", "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, safe for JSON and for any eye: not the original."""
+        return {
+            "harmful": self.harmful,
+            "category": self.category,
+            "score": round(self.score, 4),
+            "action": self.action,
+            "where": self.where,
+            "text": self.text,
+            "reason": self.reason,
+        }
+
+
+class Guard(Protocol):
+    """Judges exchanges. Safe to call from several threads.
+
+    A guard that cannot judge raises `ModelError` or `InputError`; it never passes what it did not read.
+    """
+
+    name: str
+
+    def check(self, question: str, answer: str | None = None) -> Verdict:
+        """The verdict on an answer to a question; without an answer, on the question alone."""
+        ...
+
+    def check_batch(self, exchanges: Sequence[tuple[str, str | None]]) -> list[Verdict]:
+        """`check` for each of several pairs of a question and an answer, in order."""
+        ...
