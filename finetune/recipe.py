@@ -34,6 +34,8 @@ STAGES = {
     "pretrain": "finetune.stages.pretrain",
     "detector": "finetune.stages.detector",
     "hma": "finetune.averaging.hma",
+    **{name: f"finetune.protector.{name}" for name in ("harm_detector", "detoxifier", "guard")},
+    **{f"protector.{step}": f"finetune.protector.{step}" for step in ("data", "fresh")},
     **{name: f"finetune.preference.{name}" for name in ("reward", "dpo", "iterative_dpo", "raft", "grpo", "rloo")},
     **{
         f"picto.{step}": f"finetune.picto.{step}"
