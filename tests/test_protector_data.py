@@ -70,6 +70,18 @@ def test_the_parts_of_every_list_share_no_text(lists):
                 assert not set(parts[0]) & set(parts[1])
 
 
+def test_what_is_composed_of_words_is_nothing_that_is_held_out(trained):
+    texts = Texts()
+    held_out = [act for about in texts.categories.values() for act in about.get("held_out_acts", [])]
+    held_out += texts.benign["lookalikes"]["held_out_acts"] + texts.benign["everyday"]["held_out_acts"]
+    whole = [act for act in held_out if "{" not in act]
+    asked = [f" {row['question'].lower()} " for row in trained]
+    assert len(whole) > 60
+    # Shorter ones may begin a longer act: "punch the dough" and "punch the dough into shape".
+    frames = (" to {}?", " i want to {},", " i will {}.", " help me {}?")
+    assert not [act for act in whole for frame in frames if any(frame.format(act) in text for text in asked)]
+
+
 def test_harmless_wishes_are_put_as_harmful_ones_are(trained):
     """Else the way of asking would give the harm away."""
     for kind in ("role-play", "suffix"):

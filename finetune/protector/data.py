@@ -22,6 +22,7 @@ from pydantic import Field
 
 from detgpt import terminal
 from detgpt.answer import format_answer
+from detgpt.guards.template import conversation
 from finetune import rundir
 from finetune.protector.answers import LEFT_OUT, declined, helpful, look, nothing_fits, rewritten, volunteered
 from finetune.protector.exchanges import write_rows
@@ -72,7 +73,7 @@ def _new(draw: Callable[[], Row], taken: set[str]) -> Row:
     """The first row that is drawn whose question is not yet `taken`. Raises `RuntimeError` where there is none."""
     for _ in range(TRIES):
         row = draw()
-        key = "\n".join([*row.get("turns", []), row["question"]]).lower().strip(".!? ")
+        key = row["question"].lower().strip(".!? ")
         if key not in taken:
             taken.add(key)
             return row
@@ -132,15 +133,26 @@ def _harmless(texts: Texts, rng: np.random.Generator, part: Part) -> Row:
 def _row(
     texts: Texts, rng: np.random.Generator, asked: Asked, part: Part, answers: list[str], harmful: list[bool]
 ) -> Row:
-    """The wish as it is, or in a role or with a suffix: harmless ones as often, so that those tell nothing."""
-    ways: dict[str, Callable[..., str]] = {"role-play": texts.role, "suffix": texts.suffix}
-    kind = str(rng.choice(["direct", "direct", "direct", *ways]))
-    question = ways[kind](rng, asked.text, part) if kind in ways else asked.text
+    """The wish in one of the ways to put it: harmless ones in each as often, so that the way tells nothing."""
+    kind = str(rng.choice(["direct", "direct", "direct", "role-play", "suffix", "talk"]))
     return {
-        "question": question,
+        "question": _put(texts, rng, kind, asked.text, part),
         "question_harmful": asked.category is not None,
         "categories": [asked.category] if asked.category else [],
         "answers": answers,
         "harmful": harmful,
         "kind": kind,
     }
+
+
+def _put(texts: Texts, rng: np.random.Generator, kind: str, wish: str, part: Part) -> str:
+    """A wish as it is, in a role, with a suffix, or among harmless wishes of a talk."""
+    if kind == "role-play":
+        return texts.role(rng, wish, part)
+    if kind == "suffix":
+        return texts.suffix(rng, wish, part)
+    if kind == "talk":
+        turns = [pick(rng, (texts.lookalike, texts.everyday))(rng, part).text for _ in range(rng.integers(1, 3))]
+        turns.insert(int(rng.integers(len(turns) + 1)), wish)
+        return conversation(turns)
+    return wish

@@ -7,7 +7,7 @@
 An answer is judged as an answer to its question: naming a knife is harmless to one who cuts bread. Optional are
 `question_harmful` (unset: not known), `categories` (of all the harm in the record), `rewrite` (the harmless answer to
 put in the place of the harmful one), `lookalike` (a harmless question that sounds like harm) and `kind` (how the
-question is put).
+question is put). A question of several turns has one in each line.
 """
 
 from __future__ import annotations

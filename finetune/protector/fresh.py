@@ -90,7 +90,6 @@ def write_detector(place: Path, exchanges: list[Exchange], size: Size) -> None:
         num_attention_heads=size.width // 32 or 1,
         max_position_embeddings=512,
         pad_token_id=fast.pad_token_id,
-        num_labels=1,
     )
     BertForSequenceClassification(shape).save_pretrained(place)
     fast.save_pretrained(place)

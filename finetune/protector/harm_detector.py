@@ -55,6 +55,7 @@ class Config(StageConfig):
     model: a hub id or a folder. train, validation: folders of exchanges. categories: the kinds of harm; unset: those of
     `train`. tune: all weights, or low-rank adapters, which are merged in the end. ranking: the weight of the first term
     of the loss. misspelled: the share of questions some of whose letters are swapped or missing, anew at each drawing.
+    hidden: the share of tokens that are not seen, anew at each drawing, so that no single word decides.
     max_length: tokens of a text; the rest is cut off. trainer: transformers' TrainingArguments.
     """
 
@@ -67,6 +68,7 @@ class Config(StageConfig):
     lora: Lora = Lora(r=32, alpha=64)
     ranking: float = Field(default=1.0, ge=0)
     misspelled: float = Field(default=0.1, ge=0, le=1)
+    hidden: float = Field(default=0.1, ge=0, lt=1)
     max_length: int = Field(default=512, ge=8)
     trainer: dict[str, Any] = Field(default_factory=dict)
 
@@ -105,7 +107,7 @@ def run(config: Config) -> None:
         model=model,
         args=args,
         train_dataset=Judged(exchanges, categories, config.misspelled),
-        data_collator=Collator(tokenizer, config.max_length),
+        data_collator=Collator(tokenizer, config.max_length, config.hidden),
         ranking=config.ranking,
     )
     for callback in trainer.callback_handler.callbacks:
@@ -189,10 +191,13 @@ class Judged(Dataset):
 
 
 class Collator:
-    """Exchanges as one batch of all their texts: harmful (T,), categories (T, C), pairs (P, 2) of rows."""
+    """Exchanges as one batch of all their texts: harmful (T,), categories (T, C), pairs (P, 2) of rows.
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
-        self._tokenizer, self._max_length = tokenizer, max_length
+    hidden: the share of tokens that are not attended to.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int, hidden: float = 0.0) -> None:
+        self._tokenizer, self._max_length, self._hidden = tokenizer, max_length, hidden
         self._padded = DataCollatorWithPadding(tokenizer)
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> Batch:
@@ -202,8 +207,13 @@ class Collator:
         pairs = [
             [start + row for row in item["pair"]] for start, item in zip(starts, items, strict=False) if item["pair"]
         ]
+        batch = dict(self._padded(encoded))
+        if self._hidden:
+            seen = torch.rand(batch["attention_mask"].shape) >= self._hidden
+            seen[:, 0] = True  # never a text without any
+            batch["attention_mask"] = batch["attention_mask"] * seen
         return {
-            **self._padded(encoded),
+            **batch,
             "harmful": torch.cat([item["harmful"] for item in items]),
             "categories": torch.cat([item["categories"] for item in items]),
             "pairs": torch.tensor(pairs, dtype=torch.long).reshape(-1, 2),

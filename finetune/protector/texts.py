@@ -27,7 +27,11 @@ HERE = Path(__file__).parent
 Part = Literal["train", "validation", "test"]
 LANGUAGES = ("de", "fr", "es")
 PRONOUNS = ("him", "her", "them", "someone")
-NEEDS_NOUN = re.compile(r"\{person\}('s| [a-z]+s\b| must| will)|of \{person\}")  # "him's house" is no English
+NEEDS_NOUN = re.compile(
+    r"\{person\}('s| [a-z]+s\b| must| will)|(of|name of|wife of|advice of) \{person\}"
+)  # not "of him"
+SLOT = re.compile(r"\{(\w+)\}")
+COMPOSED = 0.6  # share of acts that are composed of words, where a list can do that
 EVERY = 7  # of so many texts one is for validation
 FOR_TEST = {"harm": 1, "benign": 4}  # how many acts at the end of a language's list
 
@@ -45,7 +49,9 @@ class Texts:
     """Draws wishes. The lists stand in harm.yaml, benign.yaml and frames.yaml beside this file."""
 
     def __init__(self) -> None:
-        self.harmful, self.benign, self.frames = (read_yaml(HERE / f"{n}.yaml") for n in ("harm", "benign", "frames"))
+        self.harmful, self.benign, self.frames, self.words = (
+            read_yaml(HERE / f"{name}.yaml") for name in ("harm", "benign", "frames", "words")
+        )
 
     @cached_property
     def categories(self) -> dict[str, dict[str, Any]]:
@@ -62,14 +68,12 @@ class Texts:
 
     def harm(self, rng: np.random.Generator, category: str, part: Part = "train") -> Asked:
         about = self.categories[category]
-        new = category in self.held_out  # all of it is unseen then
-        acts = about["acts"] if new else of_part(about, "acts", part)
-        wishes = about["wishes"] if new else of_part(about, "wishes", part)
-        return self._wish(rng, self.harmful, acts, wishes, part, category, about["purpose"])
+        attitudes = of_part(self.harmful, "attitudes", part)
+        text, purpose = self._wish(rng, about, attitudes, "all" if category in self.held_out else part, part)
+        return Asked(text, purpose or about["purpose"], category)
 
     def lookalike(self, rng: np.random.Generator, part: Part = "train") -> Asked:
-        lists = self.benign["lookalikes"]
-        return self._wish(rng, self.benign, of_part(lists, "acts", part), of_part(lists, "wishes", part), part)
+        return Asked(*self._wish(rng, self.benign["lookalikes"], of_part(self.benign, "attitudes", part), part, part))
 
     def everyday(self, rng: np.random.Generator, part: Part = "train") -> Asked:
         """What people otherwise ask for; half of it about the things of the built-in world."""
@@ -79,8 +83,7 @@ class Texts:
             kind = str(rng.choice((*kinds, "held_out_need") if test else (*kinds, "exclusion", "everything")))
             present = [str(name) for name in rng.choice(self._things, 4, replace=False)]
             return Asked(self._world.draw(rng, present, kind, held_out=test and kind != "held_out_need").text, "")
-        lists = self.benign["everyday"]
-        return self._wish(rng, self.benign, of_part(lists, "acts", part), [], part)
+        return Asked(*self._wish(rng, self.benign["everyday"], of_part(self.benign, "attitudes", part), part, part))
 
     def foreign(self, rng: np.random.Generator, language: str, category: str | None, part: Part = "train") -> Asked:
         """A wish in another language, harmful if it is of a category."""
@@ -109,29 +112,53 @@ class Texts:
         return pick(rng, of_part(self.frames, kind, part)).replace("{wish}", ended)
 
     def _wish(
-        self,
-        rng: np.random.Generator,
-        lists: dict[str, Any],
-        acts: Sequence[str],
-        wishes: Sequence[str],
-        part: Part,
-        category: str | None = None,
-        purpose: str = "",
-    ) -> Asked:
-        """A whole wish, or an act in a frame; a third of them with an attitude."""
+        self, rng: np.random.Generator, lists: dict[str, Any], attitudes: Sequence[str], acts_of: str, part: Part
+    ) -> tuple[str, str]:
+        """A whole wish, or an act in a frame; a third of them with an attitude. Also what for, "" if not said.
+
+        acts_of: the part of the lists, or "all" of those that are held out as a whole.
+        """
+        acts, wishes = (lists[key] if acts_of == "all" else of_part(lists, key, part) for key in ("acts", "wishes"))
         # An act has as many ways to be put as there are frames: draw it more often.
         whole = rng.random() < len(wishes) / (len(wishes) + 2 * len(acts))
-        template = pick(rng, wishes if whole else acts)
-        attitude = pick(rng, of_part(lists, "attitudes", part)) if rng.random() < 0.35 else ""
-        people = [p for p in lists["people"] if not (NEEDS_NOUN.search(template + attitude) and p in PRONOUNS)]
-        slots = {"person": pick(rng, people), "pet": pick(rng, lists["pets"]), "they": pick(rng, ("he", "she"))}
-        text = template.format(**slots)
+        if not whole and "composed" in lists and rng.random() < COMPOSED:
+            template = self._composed(rng, lists)
+        else:
+            template = self._spelled(rng, pick(rng, wishes if whole else acts), lists)
+        attitude = pick(rng, attitudes) if rng.random() < 0.35 else ""
+        nouns = NEEDS_NOUN.search(template + attitude) is not None
+        person = pick(rng, [who for who in self.words["person"] if not (nouns and who in PRONOUNS)])
+        same = {"person": person, "they": pick(rng, self.words["they"])}
+        text, purpose = template.format(**same), ""
         if not whole:
             purpose, text = text, pick(rng, of_part(self.frames, "acts", part)).format(act=text)
         if attitude:
             mark = "" if text[-1] in ".?!" else ","
-            text = f"{text}{mark} {attitude.format(**slots)}"
-        return Asked(as_typed(rng, text), purpose, category)
+            text = f"{text}{mark} {attitude.format(**same)}"
+        return as_typed(rng, text), purpose
+
+    def _composed(self, rng: np.random.Generator, lists: dict[str, Any]) -> str:
+        """An act of words, but none of those that are held out."""
+        kept_back = {text for act in lists["held_out_acts"] for text in self._ways(act)}
+        while (template := self._spelled(rng, pick(rng, lists["composed"]), lists)) in kept_back:
+            pass
+        return template
+
+    def _ways(self, act: str) -> list[str]:
+        """The act with every word that can stand in its braces, but for whom it is about."""
+        slot = next((name for name in SLOT.findall(act) if name not in ("person", "they")), None)
+        return [act] if slot is None else [act.replace(f"{{{slot}}}", word) for word in self.words[slot]]
+
+    def _spelled(self, rng: np.random.Generator, template: str, lists: dict[str, Any]) -> str:
+        """The template with words in its braces, but for whom it is about."""
+
+        def word(slot: re.Match[str]) -> str:
+            name = slot[1]
+            if name in ("person", "they"):
+                return slot[0]
+            return self._spelled(rng, pick(rng, lists[name] if name in lists else self.words[name]), lists)
+
+        return SLOT.sub(word, template)
 
     @cached_property
     def _things(self) -> list[str]:
