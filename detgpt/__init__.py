@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from detgpt.errors import DetGPTError, ImageError, InputError, MissingExtraError, ModelError
+    from detgpt.guards import Verdict
+    from detgpt.guards.protector import Protector
+    from detgpt.guards.served import ServedGuard
     from detgpt.pipeline import Chat, DetGPT, Options, detect
     from detgpt.reasoners.openai import OpenAIReasoner
     from detgpt.results import Detections, Target
@@ -27,6 +30,9 @@ _HOMES = {
     "Options": "detgpt.pipeline",
     "Detections": "detgpt.results",
     "Target": "detgpt.results",
+    "Protector": "detgpt.guards.protector",
+    "ServedGuard": "detgpt.guards.served",
+    "Verdict": "detgpt.guards",
     "OpenAIReasoner": "detgpt.reasoners.openai",
     "DetGPTError": "detgpt.errors",
     "ImageError": "detgpt.errors",
@@ -46,7 +52,10 @@ __all__ = [
     "ModelError",
     "OpenAIReasoner",
     "Options",
+    "Protector",
+    "ServedGuard",
     "Target",
+    "Verdict",
     "__version__",
     "detect",
 ]

@@ -217,7 +217,8 @@ def chat(
                 terminal.note(f"there is no {command}: /save out.png or /quit")
             else:
                 result = _answer(model, picture, line, turns)
-                turns.append(Turn(line, result.answer))
+                if not result.refused:
+                    turns.append(Turn(line, result.answer))
         except DetGPTError as error:
             if choice.debug:
                 raise
@@ -229,10 +230,14 @@ def chat(
 def serve(*, choice: Choice, serving: Serving, cluster: Cluster, settings: dict[str, Any]) -> None:
     """Answer over HTTP: POST /v1/detect. Ctrl-C or SIGTERM lets running requests finish.
 
+    The guard is on; --no-guard turns it off.
+
     detgpt serve --port 8000
 
     curl -F image=@kitchen.png -F instruction="I am thirsty" http://127.0.0.1:8000/v1/detect
     """
+    if choice.guard is None:
+        choice = replace(choice, guard=True)
     load = partial(choice.load, settings)
     if cluster.ray:
         choice.pair(reasons=True)

@@ -36,6 +36,12 @@ class Choice:
         trained so.
     coordinates: what the numbers of a reasoner's own boxes mean: thousandths, resized or original; by its family
         unless given.
+    guard: check wishes, what is written in pictures, and answers; what would do harm is refused or rewritten.
+    guard_model: picto, a guard's folder, or the address of a server that runs a guard model, such as
+        http://localhost:8000/v1; turns the guard on.
+    guard_key: key for that server.
+    picture_text: how the guard reads what is written in a picture: ocr, reasoner (which is asked for a copy) or off;
+        ocr unless the model says otherwise.
     debug: show tracebacks, and the libraries' own messages.
     """
 
@@ -50,6 +56,10 @@ class Choice:
     precision: str | None = None
     prompt: str | None = None
     coordinates: str | None = None
+    guard: bool | None = None
+    guard_model: str | None = None
+    guard_key: str | None = field(default=None, repr=False, metadata={"envvar": "DETGPT_GUARD_KEY"})
+    picture_text: str | None = None
     debug: bool = field(default=False, metadata={"flags": ("--debug",)})
 
     def pair(self, reasons: bool) -> ModelPair:
@@ -67,6 +77,8 @@ class Choice:
         loading: dict[str, Any] = {"device": self.device, "dtype": self.dtype, **pair.loading}
         if pair.base_url:
             loading["api_key"] = self.reasoner_key
+        if reasons and (self.guard or (self.guard is None and self.guard_model)):
+            loading |= {"guard": self.guard_model or "picto", "guard_key": self.guard_key}
         # Without reasoning nobody asks the reasoner, so the gigabytes of a real one stay where they are.
         asked = reasons or pair.detector == OWN_BOXES
         reasoner = pair.reasoner if asked else ScriptedReasoner(["Targets: []"])

@@ -6,7 +6,7 @@ A pair is named ("picto", "small", "base", "large") or is a folder with a `detgp
 
 Paths in it are relative to the folder; anything else is a hub id. With "base_url" the reasoner is the name of a model
 that a server runs; the detector "reasoner" means the reasoner's own boxes. How they are loaded may be said as well:
-"prompt", "precision", "runtime" and "coordinates", see `ModelPair`.
+"prompt", "precision", "runtime", "coordinates" and "picture_text", see `ModelPair`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from detgpt.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     from detgpt.detectors import Detector
+    from detgpt.guards import Guard
     from detgpt.reasoners import Reasoner
     from detgpt.segmenters import Segmenter
 
@@ -29,7 +30,7 @@ _PACKAGE = Path(__file__).parent
 PAIR_FILE = "detgpt.json"
 SEGMENTER = "facebook/sam2.1-hiera-small"  # asked only for masks, so one serves every pair
 OWN_BOXES = "reasoner"  # in a detector's place
-LOADING = ("base_url", "prompt", "precision", "runtime", "coordinates")  # how a pair's parts are loaded
+LOADING = ("base_url", "prompt", "precision", "runtime", "coordinates", "picture_text")  # how a pair's parts are loaded
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ModelPair:
     """A reasoner and a detector that go together, with what a user should know before choosing them.
 
     base_url: address of the OpenAI-compatible server that runs the reasoner; None: it runs here.
-    prompt, precision, runtime, coordinates: as in `DetGPT`; None: as these decide by themselves.
+    prompt, precision, runtime, coordinates, picture_text: as in `DetGPT`; None: as these decide by themselves.
     """
 
     reasoner: str
@@ -50,6 +51,7 @@ class ModelPair:
     precision: str | None = None
     runtime: str | None = None
     coordinates: str | None = None
+    picture_text: str | None = None
 
     @property
     def loading(self) -> dict[str, str]:
@@ -210,6 +212,37 @@ def own_boxes(reasoner: Reasoner, coordinates: str | None = None) -> Detector:
     from detgpt.detectors.reasoner import ReasonerDetector
 
     return ReasonerDetector(reasoner, coordinates=coordinates)
+
+
+GUARDS = {"picto": _weights_folder() / "picto-guard"}
+
+
+def guard_folder(guard: str | Path) -> Path:
+    """The folder of a guard by name or path. Raises `ModelError` where there is none."""
+    folder = GUARDS.get(str(guard), Path(guard))
+    if not folder.is_dir():
+        raise ModelError(
+            f"there is no guard {str(guard)!r}: choose {', '.join(GUARDS)}, give the folder of a guard, or the address "
+            "of a server that runs a guard model, such as http://localhost:8000/v1"
+        )
+    return folder
+
+
+def load_guard(guard: str | Path | Guard, *, api_key: str | None = None, device: str | None = None) -> Guard:
+    """A guard as it is, the `Protector` of that name or folder, or the model of the server at that address.
+
+    An address may end in "#" and the name of the model. api_key: for that server.
+    """
+    if not isinstance(guard, (str, Path)):
+        return _with_verb(guard, "guard", "check")
+    if str(guard).startswith(("http://", "https://")):
+        from detgpt.guards.served import ServedGuard
+
+        base_url, _, model = str(guard).partition("#")
+        return ServedGuard(model or None, base_url, api_key)
+    from detgpt.guards.protector import Protector
+
+    return Protector(guard, device=device)
 
 
 def _with_verb(part: Any, kind: str, verb: str) -> Any:

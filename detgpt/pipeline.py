@@ -1,6 +1,6 @@
 """The method: ask the reasoner what the wish needs, ground its targets with the detector, give back one result.
 
-    ask → parse → ground → (segment) → result
+    ask → (guard) → parse → ground → (segment) → result
 
 This is the only module that knows both models. Everything else either feeds it an image and a wish or formats the
 `Detections` that it returns.
@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 from detgpt.answer import RETRY_INSTRUCTION, ParsedAnswer, name_confidence, parse_answer
 from detgpt.boxes import nms_per_target, one_target_per_box
 from detgpt.errors import InputError, UnreadableNameError
+from detgpt.guards.guarded import GuardedReasoner
+from detgpt.guards.reading import choose_reader
 from detgpt.images import ImageSource, load_image
 from detgpt.models import (
     OWN_BOXES,
     SEGMENTER,
     load_detector,
+    load_guard,
     load_reasoner,
     load_segmenter,
     own_boxes,
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from detgpt.detectors import Detector, Grounding
+    from detgpt.guards import Guard
+    from detgpt.guards.reading import TextReader
     from detgpt.reasoners import Reasoner
     from detgpt.segmenters import Segmenter
 
@@ -102,6 +107,11 @@ class DetGPT:
         `detgpt.detectors.grounding_dino`.
     coordinates: what the numbers in a reasoner's own boxes mean, with `detector="reasoner"`; see
         `detgpt.detectors.reasoner`.
+    guard: what keeps harmful wishes and answers away: "picto", which comes with the package, a guard's folder, the
+        address of a server that runs a guard model, or an object with `detgpt.guards.Guard.check`; None: nothing does.
+    guard_key: for that server.
+    picture_text: how a guard learns what is written in a picture: "ocr" (unless given), "reasoner", which asks for a
+        copy of it, "off", or an object with `detgpt.guards.reading.TextReader.read`.
     loading: goes to the reasoner's backend: `prompt`, quantization, device_map, revision, … of
         `detgpt.reasoners.huggingface.HuggingFaceReasoner`; with `base_url` the reasoner is a model that a server runs,
         and these are those of `detgpt.reasoners.openai.OpenAIReasoner`.
@@ -121,6 +131,9 @@ class DetGPT:
         runtime: str | None = None,
         coordinates: str | None = None,
         options: Options | None = None,
+        guard: str | Path | Guard | None = None,
+        guard_key: str | None = None,
+        picture_text: str | TextReader | None = None,
         **loading: Any,
     ):
         own = detector == OWN_BOXES
@@ -129,11 +142,14 @@ class DetGPT:
         if coordinates and not own:
             raise InputError(f"coordinates={coordinates!r} is for detector='reasoner': leave it out with {detector}")
         self.options = options or Options()
+        self.guard = None if guard is None else load_guard(guard, api_key=guard_key, device=device)
+        reader = None if guard is None else choose_reader(picture_text or "ocr", lambda: own_reasoner)
         self.segmenter = load_segmenter(segmenter, now=self.options.masks, device=device)
         settings: dict[str, Any] = {"device": device, "dtype": dtype, "precision": precision, "runtime": runtime}
         loaded = None if own else load_detector(detector, **settings)
-        self.reasoner = load_reasoner(reasoner, device=device, dtype=dtype, **loading)
-        self.detector = own_boxes(self.reasoner, coordinates) if loaded is None else loaded
+        own_reasoner = load_reasoner(reasoner, device=device, dtype=dtype, **loading)
+        self.reasoner = own_reasoner if self.guard is None else GuardedReasoner(own_reasoner, self.guard, reader)
+        self.detector = own_boxes(own_reasoner, coordinates) if loaded is None else loaded
 
     @classmethod
     def from_pretrained(
@@ -272,10 +288,11 @@ class Chat:
         self.turns: list[Turn] = []
 
     def ask(self, instruction: str, **options: Any) -> Detections:
-        """Detect with the conversation so far in mind, and remember this turn."""
+        """Detect with the conversation so far in mind, and remember this turn, unless a guard refused it."""
         request = Request(self.image, instruction, tuple(self.turns))
         result = self._model._detect([request], self._options.updated(options))[0]
-        self.turns.append(Turn(instruction, result.answer))
+        if not result.refused:
+            self.turns.append(Turn(instruction, result.answer))
         return result
 
 
@@ -332,4 +349,5 @@ def _result(
         instruction=instruction,
         image=image,
         masks=masks,
+        guard=raw.guard,
     )

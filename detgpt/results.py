@@ -18,6 +18,7 @@ from PIL import Image
 
 from detgpt.draw import draw
 from detgpt.errors import InputError, MissingExtraError
+from detgpt.guards import Verdict
 from detgpt.masks import check_room, mask_to_rle, read_only_masks, rle_to_mask
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Detections:
     image: the RGB image the boxes refer to; no part of equality or of JSON.
     image_wh: its width and height; taken from `image` where that is given.
     masks: (N, H, W) bool, the pixels of each box's thing; None where they were not asked for.
+    guard: what a guard found; None where nobody looked. What it refused has no targets, and its reasoning says why.
 
     The arrays are read-only copies. `len()` counts boxes, so an empty result is false;
     iterating gives `(box, score, label)`. Raises InputError where the parts do not fit together.
@@ -69,6 +71,7 @@ class Detections:
     image: Image.Image | None = None
     image_wh: tuple[int, int] = (0, 0)
     masks: np.ndarray | None = None
+    guard: Verdict | None = None
 
     def __post_init__(self) -> None:
         normal: dict[str, Any] = {
@@ -107,6 +110,11 @@ class Detections:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def refused(self) -> bool:
+        """Whether a guard would not have this answered."""
+        return self.guard is not None and self.guard.action == "refused"
+
     def __iter__(self) -> Iterator[tuple[np.ndarray, float, str]]:
         return zip(self.boxes, self.scores.tolist(), self.labels, strict=True)
 
@@ -127,7 +135,7 @@ class Detections:
         return np.array_equal(self.masks, other.masks)
 
     def _without_arrays(self) -> tuple[object, ...]:
-        said = self.reasoning, self.answer, self.problem, self.instruction
+        said = self.reasoning, self.answer, self.problem, self.instruction, self.guard
         return self.labels, self.targets, said, self.image_wh
 
     def __repr__(self) -> str:
@@ -235,6 +243,7 @@ class Detections:
             "image_wh": list(self.image_wh),
             "problem": self.problem,
             "answer": self.answer,
+            "guard": None if self.guard is None else self.guard.to_dict(),
         }
 
     @classmethod
@@ -244,6 +253,7 @@ class Detections:
             found = data["detections"]
             width, height = data["image_wh"]
             runs = [row["mask"] for row in found] if any("mask" in row for row in found) else []
+            verdict = data.get("guard")  # results of version 0.1 have none
             check_room(len(runs), (width, height))
             return cls(
                 boxes=np.array([row["xyxy"] for row in found], dtype=np.float32),
@@ -256,6 +266,7 @@ class Detections:
                 instruction=data["instruction"],
                 image_wh=(width, height),
                 masks=np.stack([rle_to_mask(rle, (width, height)) for rle in runs]) if runs else None,
+                guard=None if verdict is None else Verdict.from_dict(verdict),
             )
         except KeyError as error:
             raise InputError(f"not a saved result: {error} is missing; give what to_dict returned") from error

@@ -51,7 +51,10 @@ def print_boxes(result: Detections) -> None:
     colours = dict(zip(names, target_colours(len(names)), strict=True))
     confidences = {target.name: target.confidence for target in result.targets}
     sure = None not in confidences.values()  # a reasoner without token probabilities has no confidence at all
-    if result.problem:
+    if result.guard is not None and result.guard.harmful:
+        done = "refused" if result.refused else "rewritten"
+        out.print(plain(f"{done} by the guard: {result.guard.reason}", "yellow"), soft_wrap=True)
+    elif result.problem:
         out.print(plain(f"warning: {result.problem}", "yellow"), soft_wrap=True)
     elif not names:
         out.print("Nothing here fits.")

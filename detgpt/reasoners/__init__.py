@@ -15,6 +15,8 @@ from detgpt.errors import InputError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from detgpt.guards import Verdict
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -58,11 +60,15 @@ class TokenSpan:
 
 @dataclass(frozen=True)
 class RawAnswer:
-    """The text as the model wrote it; tokens None: unknown; complete False: cut at max_new_tokens."""
+    """The text as the model wrote it; tokens None: unknown; complete False: cut at max_new_tokens.
+
+    guard: what a guard found, whose text this is where it did not let the model's pass; None: nobody looked.
+    """
 
     text: str
     tokens: tuple[TokenSpan, ...] | None = None
     complete: bool = True
+    guard: Verdict | None = None
 
 
 def check_prompt(prompt: str | None) -> None:

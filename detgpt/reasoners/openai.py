@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import codecs
 import io
-import os
 import queue
 import threading
 import time
@@ -23,6 +22,7 @@ from PIL import Image
 from detgpt.answer import answer_is_complete, format_instruction
 from detgpt.errors import InputError, MissingExtraError, ModelError
 from detgpt.reasoners import RawAnswer, Request, TokenSpan, check_prompt
+from detgpt.servers import address, credentials
 
 # What a server may refuse to be told, and the word in its refusal that says so.
 _REFUSABLE = {"logprobs": "logprob", "temperature": "temperature", "max_tokens": "max_completion_tokens"}
@@ -75,7 +75,7 @@ class OpenAIReasoner:
         _check_at_least(16, max_image_side=max_image_side)
         _check_at_least(4096, max_image_bytes=max_image_bytes)
         self.name = model
-        self._base_url = _address(base_url)
+        self._base_url = address(base_url)
         self._prompt = prompt or "full"
         self._timeout = timeout
         self._max_retries = max_retries
@@ -84,7 +84,7 @@ class OpenAIReasoner:
         self._refused: frozenset[str] = frozenset()
         self._openai = openai
         self._client = openai.OpenAI(
-            base_url=self._base_url, timeout=timeout, max_retries=0, **_credentials(self._base_url, api_key)
+            base_url=self._base_url, timeout=timeout, max_retries=0, **credentials(self._base_url, api_key)
         )
 
     def reason(self, requests: Sequence[Request], *, max_new_tokens: int = 512) -> list[RawAnswer]:
@@ -262,29 +262,6 @@ class _GrowingAnswer:
 
     def finished(self) -> RawAnswer:
         return RawAnswer(self.text, _token_spans(self.text, self._tokens), complete=not self._was_cut)
-
-
-def _address(base_url: str | None) -> str:
-    address = base_url or os.environ.get("OPENAI_BASE_URL")
-    if not address:
-        raise InputError("no server is named: give base_url, such as http://localhost:8000/v1, or set OPENAI_BASE_URL")
-    if not address.startswith(("http://", "https://")):
-        raise InputError(f"base_url must start with http:// or https://, not {address!r}")
-    return address
-
-
-def _credentials(base_url: str, api_key: str | None) -> dict[str, Any]:
-    """The client's arguments that say who asks, so that the environment's secrets go to the environment's server."""
-    import openai
-
-    environments_own = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-    if base_url.rstrip("/") == environments_own.rstrip("/"):
-        return {"api_key": api_key or os.environ.get("OPENAI_API_KEY") or "none"}
-    key = api_key or "none"
-    lines = os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n")
-    names = ["OpenAI-Organization", "OpenAI-Project", *(line.partition(":")[0].strip() for line in lines)]
-    headers: dict[str, Any] = {name: openai.Omit() for name in names if name.lower() != "authorization"}
-    return {"api_key": key, "default_headers": {**headers, "Authorization": f"Bearer {key}"}}
 
 
 def _check_at_least(least: float, **argument: float) -> None:

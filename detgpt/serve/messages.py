@@ -24,6 +24,7 @@ from starlette.datastructures import UploadFile
 
 from detgpt.answer import MAX_NAME_LENGTH, MAX_NAMES
 from detgpt.described import described
+from detgpt.guards import Action, Place
 from detgpt.pipeline import Options
 from detgpt.results import Target
 
@@ -162,6 +163,18 @@ class Detection(BaseModel):
     mask: Mask | None = Field(None, description="where masks were asked for")
 
 
+class Judged(BaseModel):
+    """What the guard found in the wish, the picture's writing or the answer, and what it did. See `detgpt.guards`."""
+
+    harmful: bool
+    category: str | None = Field(description="the kind of harm")
+    score: float = Field(ge=0, le=1, description="how sure the guard is of harm")
+    action: Action = Field(description="pass: the answer is the reasoner's own, byte for byte")
+    where: Place | None = Field(description="what was harmful")
+    text: str = Field(description="what may be shown: the answer, its rewriting, or a friendly refusal")
+    reason: str
+
+
 class Answer(BaseModel):
     """What fulfils the wish, where it is, and why. Nothing fits: no targets. See `Detections` in the library."""
 
@@ -171,7 +184,8 @@ class Answer(BaseModel):
     detections: list[Detection]
     image_wh: tuple[int, int]
     problem: str | None = Field(description="what was wrong with the model's answer, null when nothing was")
-    answer: str = Field(description="the reasoner's whole text")
+    answer: str = Field(description="the reasoner's whole text, or what the guard lets be said instead")
+    guard: Judged | None = Field(None, description="what the guard found; null where it does not run or has not looked")
 
 
 EVENT = {

@@ -40,7 +40,8 @@ class Conversation:
         """The reasoning as it is written, then the conversation with this turn."""
         for event in model.stream(self.picture, wish, history=self.turns, **_everything(model)):
             if isinstance(event, Detections):
-                yield replace(self, turns=(*self.turns, Turn(wish, event.answer)), found=event)
+                said = () if event.refused else (Turn(wish, event.answer),)
+                yield replace(self, turns=(*self.turns, *said), found=event)
             else:
                 yield event
 
@@ -72,7 +73,9 @@ class Conversation:
         """The Python call that gives what is shown; `changed` are the options that differ from the model's own."""
         if self.found is None:
             return ""
-        picture, *wishes = (_literal(text) for text in (self.source, *(turn.instruction for turn in self.turns)))
+        asked_now = [self.found.instruction] if self.found.refused and self.found.instruction else []
+        said = [*(turn.instruction for turn in self.turns), *asked_now]
+        picture, *wishes = (_literal(text) for text in (self.source, *said))
         settings = [f"{name}={value!r}" for name, value in changed.items()]
         choice = [] if self.model == "picto" else [f"model={_literal(self.model)}"]
         if self.found.instruction is None:

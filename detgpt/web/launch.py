@@ -13,7 +13,7 @@ import typer
 
 from detgpt import terminal
 from detgpt.errors import InputError, MissingExtraError
-from detgpt.models import PAIRS, resolve
+from detgpt.models import PAIRS, load_guard, resolve
 
 VISITORS = 200  # whose pictures are kept in memory; past that the oldest are forgotten
 MAX_UPLOAD = "200mb"
@@ -34,6 +34,16 @@ def demo(
     auth: Annotated[str | None, typer.Option(metavar="USER:PASSWORD", help="Ask visitors for this login.")] = None,
     queue_size: Annotated[int, typer.Option(min=1, help="Wishes that may wait; more are turned away.")] = 32,
     mcp: Annotated[bool, typer.Option("--mcp", help="Also be an MCP server, for agents.")] = False,
+    guard: Annotated[bool, typer.Option("--guard/--no-guard", help="Refuse or rewrite what would do harm.")] = True,
+    guard_model: Annotated[
+        str, typer.Option(help="picto, a guard's folder, or the address of a server that runs a guard model.")
+    ] = "picto",
+    guard_key: Annotated[
+        str | None, typer.Option(help="Key for that server.", envvar="DETGPT_GUARD_KEY", show_default=False)
+    ] = None,
+    picture_text: Annotated[
+        str | None, typer.Option(help="How the guard reads what is written in a picture: ocr, reasoner or off.")
+    ] = None,
 ) -> None:
     """Open a page in the browser: a picture, a wish, and what fits it.
 
@@ -47,6 +57,8 @@ def demo(
         loading: dict[str, Any] = {
             "device": device,
             **({"base_url": server, "api_key": reasoner_key} if server else {}),
+            **({"guard": load_guard(guard_model, api_key=guard_key, device=device)} if guard else {}),
+            **({"picture_text": picture_text} if picture_text else {}),
         }
         page: dict[str, Any] = {
             "host": host,

@@ -297,6 +297,8 @@ def _in_words(result: Detections | None) -> str:
     assert result is not None, "asked, so answered"
     found, missed = ([target.name for target in result.targets if target.found is there] for there in (True, False))
     problem = result.problem and result.problem.rstrip(".")
+    if result.guard is not None and result.guard.harmful:
+        return result.reasoning  # a refusal, or what may be said; it has its reason in it
     if problem and not result.targets:
         conclusion = f"**I cannot use my own answer:** {problem}. Please say it in other words."
     elif not result.targets:

@@ -101,5 +101,6 @@ def _bar(done: int, total: int | None) -> str:
 def _told(sight: Sight) -> str:
     """What was thought about a scene, with its time."""
     result = sight.result
-    named = ", ".join(target.name for target in result.targets) or result.problem or "nothing here fits"
+    nothing = "not with me" if result.refused else "nothing here fits"
+    named = ", ".join(target.name for target in result.targets) or result.problem or nothing
     return f"**{sight.seconds:.1f} s: {named}**\n\n{result.reasoning}"

@@ -1,0 +1,167 @@
+"""The two models of a guard's folder: the harm detector, a sequence classifier, and the detoxifier, a language model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
+
+from detgpt.errors import InputError, ModelError
+from detgpt.guards import Exchange
+from detgpt.guards.normalise import normalised
+from detgpt.guards.template import harm_prompt, rewrite_prompt
+
+MAX_PIECES = 64  # of one exchange; longer ones are not judged but refused as input
+ROWS_PER_PASS = 16
+MAX_REWRITTEN = 256  # tokens
+
+
+class HarmDetector:
+    """How harmful an exchange is, and in which way."""
+
+    def __init__(
+        self, folder: Path, categories: Sequence[str], device: torch.device, *, max_length: int | None = None
+    ) -> None:
+        """Raises `ModelError` where it does not load, or has other outputs than harm and `categories`."""
+        self._tokenizer, self._model = _load(folder, AutoModelForSequenceClassification, device)
+        outputs = self._model.config.num_labels
+        if outputs != 1 + len(categories):
+            raise ModelError(
+                f"{folder} has {outputs} outputs, but its guard names {len(categories)} categories: "
+                "there must be one for harm and one for each category"
+            )
+        self._categories = tuple(categories)
+        self._model.config.pad_token_id = self._tokenizer.pad_token_id
+        could = min(self._tokenizer.model_max_length, self._model.config.max_position_embeddings)
+        self._most = min(could, max_length or could)
+        self._frame = self._count(harm_prompt("", ""))
+        self._lock = threading.Lock()  # a tokenizer's padding is a setting of its own
+
+    def score(self, exchanges: Sequence[Exchange]) -> list[tuple[float, str | None]]:
+        """For each exchange the chance of harm in [0, 1] and the likeliest category; of the worst of its pieces."""
+        with self._lock, torch.inference_mode():
+            rows = [(i, row) for i, exchange in enumerate(exchanges) for row in self._prompts(*exchange)]
+            logits = self._logits([row for _, row in rows])
+        found: list[tuple[float, str | None]] = [(-1.0, None)] * len(exchanges)
+        for (i, _), row_logits in zip(rows, logits, strict=True):
+            harm = float(row_logits[0].sigmoid())
+            if harm > found[i][0]:
+                kinds = row_logits[1:]
+                found[i] = harm, self._categories[int(kinds.argmax())] if len(kinds) else None
+        return found
+
+    def _prompts(self, question: str, answer: str | None) -> list[str]:
+        """One prompt where the exchange fits, else one for each pair of a piece of the question and of the answer."""
+        question, answer = normalised(question), None if answer is None else normalised(answer)
+        whole = harm_prompt(question, answer)
+        if self._count(whole) <= self._most:
+            return [whole]
+        # Half of the room each; a little less, because a piece may take more tokens inside the frame than alone.
+        room = (self._most - self._frame) // 2 - 2
+        said = [None] if answer is None else self._pieces(answer, room)
+        prompts = [harm_prompt(part, other) for part in self._pieces(question, room) for other in said]
+        if len(prompts) > MAX_PIECES:
+            raise InputError(
+                f"a text of {len(question) + len(answer or '')} characters is too long to be checked for harm: "
+                "make it shorter"
+            )
+        return prompts
+
+    def _pieces(self, text: str, room: int) -> list[str]:
+        """Parts of `text` of at most `room` tokens that overlap by a quarter."""
+        spans = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        if not spans:
+            return [text]
+        starts = range(0, max(1, len(spans) - room // 4), room - room // 4)
+        return [text[spans[start][0] : spans[min(start + room, len(spans)) - 1][1]] for start in starts]
+
+    def _count(self, text: str) -> int:
+        return len(self._tokenizer(text, verbose=False)["input_ids"])
+
+    def _logits(self, prompts: Sequence[str]) -> torch.Tensor:
+        """(rows, 1 + categories), float32."""
+        parts = []
+        for start in range(0, len(prompts), ROWS_PER_PASS):
+            rows = list(prompts[start : start + ROWS_PER_PASS])
+            inputs = self._tokenizer(rows, padding=True, return_token_type_ids=False, return_tensors="pt")
+            parts.append(self._model(**inputs.to(self._model.device)).logits.float().cpu())
+        logits = torch.cat(parts) if parts else torch.empty(0, 1 + len(self._categories))
+        if not torch.isfinite(logits).all():
+            raise ModelError("the harm detector gave a number that is none: its weights are damaged")
+        return logits
+
+
+class Detoxifier:
+    """Writes harmful answers anew."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        """Raises `ModelError` where it does not load."""
+        config = _read_config(folder)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        self._tokenizer, self._model = _load(folder, kind, device)
+        self._model.generation_config = GenerationConfig(
+            max_new_tokens=MAX_REWRITTEN,
+            do_sample=False,
+            bos_token_id=self._tokenizer.bos_token_id,
+            eos_token_id=self._tokenizer.eos_token_id,
+            pad_token_id=self._tokenizer.pad_token_id,
+            decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
+        )
+        self._lock = threading.Lock()
+
+    def rewrite(self, question: str, answer: str) -> str:
+        """The answer made harmless; empty where the exchange is longer than the model reads."""
+        with self._lock, torch.inference_mode():
+            inputs = self._tokenizer(
+                rewrite_prompt(question, answer), return_tensors="pt", return_token_type_ids=False, verbose=False
+            ).to(self._model.device)
+            read = inputs["input_ids"].shape[1]
+            both = 0 if self._model.config.is_encoder_decoder else MAX_REWRITTEN
+            if read + both > self._model.config.max_position_embeddings:
+                return ""
+            written = self._model.generate(**inputs)[0]
+        new = written if self._model.config.is_encoder_decoder else written[read:]
+        return self._tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def _read_config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load a part of a guard from {folder}: {error}") from error
+
+
+def _load(folder: Path, kind: Any, device: torch.device) -> tuple[Any, Any]:
+    """Tokenizer and model of one part, whole and in float32."""
+    _read_config(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model, report = kind.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"cannot load a part of a guard from {folder}: {error} It must hold config.json, model.safetensors "
+            "and the tokenizer's files."
+        ) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"the weights in {folder} lack {len(missing)} tensors of its config.json, such as {missing[0]}; "
+            "they would run as random numbers: train or copy the guard again"
+        )
+    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
+        raise ModelError(f"the tokenizer in {folder} must be a fast one (tokenizer.json) with a padding token")
+    return tokenizer, model.to(device).eval()
