@@ -64,8 +64,12 @@ def test_a_batch_keeps_its_pairs_together(detector):
     _, tokenizer = detector
     judged = Judged([BOTH_SAFE, PAIR], ["hate", "theft"])
     batch = Collator(tokenizer, 64)([judged[0], judged[1]])
-    assert batch["pairs"].tolist() == [[5, 4]] and batch["harmful"].tolist() == [1, 0, 0, 1, 1, 0]
-    assert batch["categories"][4].tolist() == [0, 1] and len(batch["input_ids"]) == 6
+    ids = [row for chunk in batch["texts"] for row in chunk["input_ids"].tolist()]
+    ((safe, harmful),) = batch["pairs"].tolist()
+    assert tokenizer.decode(ids[safe], skip_special_tokens=True) == "question : take it? answer : no."
+    assert "steal it" in tokenizer.decode(ids[harmful])
+    assert (batch["harmful"][safe], batch["harmful"][harmful], sum(batch["harmful"])) == (0, 1, 3)
+    assert batch["categories"][harmful].tolist() == [0, 1] and len(ids) == 6
 
 
 # ------------------------------------------------------------------------------------------- the words of inference

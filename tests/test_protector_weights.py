@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from detgpt.answer import parse_answer
-from detgpt.guards.template import rewrite_prompt
+from detgpt.guards.protector import Protector
 from finetune.protector.exchanges import read_exchanges, scored_text
 from finetune.protector.guard import measured
 from finetune.protector.measure import harm_scores, score
@@ -63,6 +63,15 @@ def test_it_leaves_the_harmless_alone(metrics):
         assert metrics[split]["over_refusal"] <= UTILITY
 
 
+def test_inference_gives_the_scores_that_were_measured(detector):
+    """The released code scores other texts when it evaluates than it trains on."""
+    exchanges = read_exchanges(FOLDER / "test")[:40]
+    pairs = [(e.question, answer) for e in exchanges for answer in (None, *e.answers)]
+    verdicts = Protector("picto", detoxify=False).check_batch(pairs)
+    measured_here = harm_scores(*detector, [scored_text(*pair) for pair in pairs])[:, 0]
+    assert np.allclose([verdict.score for verdict in verdicts], measured_here, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("harmful", "harmless"),
     [
@@ -83,27 +92,15 @@ def test_the_same_answer_is_harmful_to_one_and_harmless_to_another(detector, des
     assert scores[1] < described["threshold"] <= scores[0]
 
 
-def test_harmful_answers_are_rewritten_to_harmless_ones_that_keep_the_picture(detector, described):
-    folder = GUARD / "detoxifier"
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype="float32"),
-        AutoTokenizer.from_pretrained(folder),
-    )
-    pairs = [(e, e.answers[e.harmful.index(True)]) for e in read_exchanges(FOLDER / "test") if e.rewrite is not None][
-        :30
-    ]
-    written = []
-    for exchange, answer in pairs:
-        asked = tokenizer(rewrite_prompt(exchange.question, answer), return_tensors="pt", return_token_type_ids=False)
-        ids = model.generate(**asked, max_new_tokens=120, do_sample=False)[0, asked["input_ids"].shape[1] :]
-        written.append(tokenizer.decode(ids, skip_special_tokens=True).strip())
-    names = [parse_answer(text).names for text in written]
-    assert names.count(()) == len(names)
-    harm = harm_scores(*detector, [scored_text(e.question, text) for (e, _), text in zip(pairs, written, strict=True)])
-    assert np.mean(harm[:, 0] < described["threshold"]) >= 0.95
-    seen = [
-        (answer.split(".")[0], text) for (_, answer), text in zip(pairs, written, strict=True) if " I see " in answer
-    ]
+def test_harmful_answers_are_rewritten_to_harmless_ones_that_keep_the_picture():
+    guard = Protector("picto")
+    found = [(e, e.answers[e.harmful.index(True)]) for e in read_exchanges(FOLDER / "test") if e.rewrite is not None]
+    verdicts = guard.check_batch([(exchange.question, answer) for exchange, answer in found[:60]])
+    held_back = [verdict for verdict in verdicts if verdict.harmful]
+    rewritten = [verdict for verdict in held_back if verdict.action == "detoxified"]
+    assert len(held_back) >= 0.8 * len(verdicts) and len(rewritten) >= 0.9 * len(held_back)
+    assert not any(parse_answer(verdict.text).names for verdict in rewritten)
+    seen = [(str(v.original).split(".")[0], v.text) for v in rewritten if " I see " in str(v.original)]
     assert np.mean([text.startswith(sentence) for sentence, text in seen]) >= 0.8
 
 

@@ -46,6 +46,7 @@ from finetune.tuning import Lora
 
 DETECTOR = "detector"  # in a run's folder: the result
 HARM = "harm"  # the first label
+CHUNK = 16  # texts of like length that go through the model together
 Batch = dict[str, torch.Tensor]
 
 
@@ -123,6 +124,7 @@ def run(config: Config) -> None:
         scored = score(model, tokenizer, validation, max_length=config.max_length)
         metrics["eval_auroc"] = auroc(scored.harm, scored.harmful)
     whole = model.merge_and_unload() if config.tune == "lora" else model
+    tokenizer.model_max_length = config.max_length  # longer texts are judged in pieces
     rundir.write_folder(
         folder / DETECTOR, lambda place: (whole.save_pretrained(place), tokenizer.save_pretrained(place))
     )
@@ -191,33 +193,41 @@ class Judged(Dataset):
 
 
 class Collator:
-    """Exchanges as one batch of all their texts: harmful (T,), categories (T, C), pairs (P, 2) of rows.
+    """Exchanges as one batch of all their texts, shortest first: harmful (T,), categories (T, C), pairs (P, 2) of rows.
 
-    hidden: the share of tokens that are not attended to.
+    `texts` is a list of the model's inputs for CHUNK of them each, so that little is padding. hidden: the share of
+    tokens that are not attended to.
     """
 
     def __init__(self, tokenizer: Any, max_length: int, hidden: float = 0.0) -> None:
         self._tokenizer, self._max_length, self._hidden = tokenizer, max_length, hidden
         self._padded = DataCollatorWithPadding(tokenizer)
 
-    def __call__(self, items: Sequence[Mapping[str, Any]]) -> Batch:
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         texts = [text for item in items for text in item["texts"]]
-        encoded = self._tokenizer(texts, truncation=True, max_length=self._max_length)
+        ids = self._tokenizer(texts, truncation=True, max_length=self._max_length)["input_ids"]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        row_of = {i: row for row, i in enumerate(order)}
         starts = np.cumsum([0, *(len(item["texts"]) for item in items)])
         pairs = [
-            [start + row for row in item["pair"]] for start, item in zip(starts, items, strict=False) if item["pair"]
+            [row_of[start + i] for i in item["pair"]]
+            for start, item in zip(starts, items, strict=False)
+            if item["pair"]
         ]
-        batch = dict(self._padded(encoded))
+        return {
+            "texts": [self._chunk([ids[i] for i in order[at : at + CHUNK]]) for at in range(0, len(order), CHUNK)],
+            "harmful": torch.cat([item["harmful"] for item in items])[order],
+            "categories": torch.cat([item["categories"] for item in items])[order],
+            "pairs": torch.tensor(pairs, dtype=torch.long).reshape(-1, 2),
+        }
+
+    def _chunk(self, ids: list[list[int]]) -> Batch:
+        batch = dict(self._padded({"input_ids": ids}))
         if self._hidden:
             seen = torch.rand(batch["attention_mask"].shape) >= self._hidden
             seen[:, 0] = True  # never a text without any
             batch["attention_mask"] = batch["attention_mask"] * seen
-        return {
-            **batch,
-            "harmful": torch.cat([item["harmful"] for item in items]),
-            "categories": torch.cat([item["categories"] for item in items]),
-            "pairs": torch.tensor(pairs, dtype=torch.long).reshape(-1, 2),
-        }
+        return batch
 
 
 class HarmTrainer(Trainer):
@@ -229,12 +239,12 @@ class HarmTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # each batch has a loss of its own
 
     def compute_loss(
-        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        truth = {name: inputs.pop(name) for name in ("harmful", "categories", "pairs")}
-        output = model(**inputs)
-        loss = harm_loss(output.logits.float(), **truth, ranking=self._ranking)
-        return (loss, output) if return_outputs else loss
+        logits = torch.cat([model(**chunk).logits for chunk in inputs["texts"]]).float()
+        truth = {name: inputs[name] for name in ("harmful", "categories", "pairs")}
+        loss = harm_loss(logits, **truth, ranking=self._ranking)
+        return (loss, {"logits": logits}) if return_outputs else loss
 
 
 def harm_loss(

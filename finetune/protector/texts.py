@@ -109,7 +109,9 @@ class Texts:
 
     def _wrap(self, rng: np.random.Generator, kind: str, wish: str, part: Part) -> str:
         ended = wish if wish[-1] in ".!?" else f"{wish}."
-        return pick(rng, of_part(self.frames, kind, part)).replace("{wish}", ended)
+        composed = part != "test" and rng.random() < COMPOSED
+        frame = pick(rng, self.frames[f"composed_{kind}"] if composed else of_part(self.frames, kind, part))
+        return self._spelled(rng, frame, self.frames).replace("{wish}", ended)
 
     def _wish(
         self, rng: np.random.Generator, lists: dict[str, Any], attitudes: Sequence[str], acts_of: str, part: Part
@@ -154,7 +156,7 @@ class Texts:
 
         def word(slot: re.Match[str]) -> str:
             name = slot[1]
-            if name in ("person", "they"):
+            if name in ("person", "they", "wish"):
                 return slot[0]
             return self._spelled(rng, pick(rng, lists[name] if name in lists else self.words[name]), lists)
 
