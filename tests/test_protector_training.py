@@ -66,8 +66,9 @@ def test_a_batch_keeps_its_pairs_together(detector):
     batch = Collator(tokenizer, 64)([judged[0], judged[1]])
     ids = [row for chunk in batch["texts"] for row in chunk["input_ids"].tolist()]
     ((safe, harmful),) = batch["pairs"].tolist()
-    assert tokenizer.decode(ids[safe], skip_special_tokens=True) == "question : take it? answer : no."
-    assert "steal it" in tokenizer.decode(ids[harmful])
+    for row, answer in ((harmful, PAIR.answers[0]), (safe, PAIR.answers[1])):
+        expected = tokenizer(harm_prompt(PAIR.question, answer))["input_ids"]
+        assert ids[row][: len(expected)] == expected
     assert (batch["harmful"][safe], batch["harmful"][harmful], sum(batch["harmful"])) == (0, 1, 3)
     assert batch["categories"][harmful].tolist() == [0, 1] and len(ids) == 6
 
