@@ -68,6 +68,7 @@ def write_detector(place: Path, exchanges: list[Exchange], size: Size) -> None:
     tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN, max_input_chars_per_word=60))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
     trainer = trainers.WordPieceTrainer(
         vocab_size=size.vocabulary, special_tokens=[PAD, UNKNOWN, FIRST, LAST], show_progress=False
     )

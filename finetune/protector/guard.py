@@ -67,15 +67,16 @@ def run(config: Config) -> None:
     def write(place: Path) -> None:
         _save(config, place)
         model, tokenizer = _detector(place / "detector")
-        validation = score(model, tokenizer, read_exchanges(config.validation))
-        threshold = choose_threshold(validation.harm, validation.harmful, most=config.most)
-        found["threshold"] = threshold
-        curves = {"validation": validation}
+        curves: dict[str, Scored] = {}
+        threshold = 0.0
         for name, path in (("validation", config.validation), ("test", config.test), ("categories", config.categories)):
-            if path is not None:
-                exchanges = read_exchanges(path)
-                curves[name] = score(model, tokenizer, exchanges)
-                found.update(prefixed(name, measured(curves[name], exchanges, threshold, seed=config.seed)))
+            if path is None:
+                continue
+            exchanges = read_exchanges(path)
+            scored = curves[name] = score(model, tokenizer, exchanges)
+            if name == "validation":
+                threshold = found["threshold"] = choose_threshold(scored.harm, scored.harmful, most=config.most)
+            found.update(prefixed(name, measured(scored, exchanges, threshold, seed=config.seed)))
         if config.attacks is not None:
             found.update(prefixed("attacks", caught(model, tokenizer, config.attacks, threshold)))
         labels = [label for _, label in sorted(model.config.id2label.items()) if label != HARM]
@@ -123,7 +124,7 @@ def _described(config: Config, threshold: float, labels: Sequence[str]) -> dict[
 def measured(scored: Scored, exchanges: Sequence[Exchange], threshold: float, *, seed: int = 0) -> Metrics:
     """How good the detector is on these exchanges.
 
-    auroc, also of the questions alone and of the answers; caught: the share of harmful texts that it flags;
+    auroc, also of the questions alone and of the answers, where these are known; caught: the share of harmful texts that it flags;
     false_positives: of the harmless ones; over_refusal: the share of harmless questions that sound like harm and that
     are flagged, alone or with a harmless answer. …_low, …_high: 95% intervals; of auroc by resampling the exchanges.
     """
@@ -131,7 +132,8 @@ def measured(scored: Scored, exchanges: Sequence[Exchange], threshold: float, *,
     found = {"auroc": auroc(scored.harm, scored.harmful)}
     found["auroc_low"], found["auroc_high"] = resampled(scored, seed=seed)
     for name, these in (("questions", scored.asked), ("answers", ~scored.asked)):
-        found[f"auroc_{name}"] = auroc(scored.harm[these], scored.harmful[these])
+        if len(set(scored.harmful[these])) == 2:
+            found[f"auroc_{name}"] = auroc(scored.harm[these], scored.harmful[these])
     lookalike = np.array([exchange.lookalike for exchange in exchanges], bool)
     refused = np.zeros(len(exchanges), bool)
     np.logical_or.at(refused, scored.exchange, flagged & ~scored.harmful)
