@@ -124,9 +124,10 @@ def _described(config: Config, threshold: float, labels: Sequence[str]) -> dict[
 def measured(scored: Scored, exchanges: Sequence[Exchange], threshold: float, *, seed: int = 0) -> Metrics:
     """How good the detector is on these exchanges.
 
-    auroc, also of the questions alone and of the answers, where these are known; caught: the share of harmful texts that it flags;
-    false_positives: of the harmless ones; over_refusal: the share of harmless questions that sound like harm and that
-    are flagged, alone or with a harmless answer. …_low, …_high: 95% intervals; of auroc by resampling the exchanges.
+    auroc, also of the questions alone and of the answers, where these are known; caught: the share of harmful texts
+    that it flags; false_positives: of the harmless ones; over_refusal: the share of harmless questions that sound like
+    harm and that are flagged, alone or with a harmless answer. …_low, …_high: 95% intervals; of auroc by resampling the
+    exchanges.
     """
     flagged = scored.harm >= threshold
     found = {"auroc": auroc(scored.harm, scored.harmful)}
