@@ -25,6 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 SHOWN = {
     "test_auroc": "AUROC, known kinds of harm",
     "test_caught": "of these caught",
+    "test_held_back": "exchanges held back, by the question or the answer",
     "test_false_positives": "false positives",
     "test_over_refusal": "over-refusal of look-alikes",
     "categories_auroc": "AUROC, unknown kinds of harm",

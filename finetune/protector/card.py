@@ -12,7 +12,13 @@ SPLITS = {
     "test": "kinds of harm that training knows, in held-out words",
     "categories": "kinds of harm that training does not know",
 }
-COLUMNS = {"auroc": "AUROC", "caught": "caught", "false_positives": "false positives", "over_refusal": "over-refusal"}
+COLUMNS = {
+    "auroc": "AUROC",
+    "caught": "caught",
+    "held_back": "held back",
+    "false_positives": "false positives",
+    "over_refusal": "over-refusal",
+}
 
 
 def write_roc(file: Path, curves: Mapping[str, Scored], threshold: float) -> None:
@@ -58,8 +64,8 @@ says how likely it does harm, and which: {", ".join(name.replace("_", " ") for n
 
 {_table(metrics)}
 
-In percent, with 95% intervals. *caught*: harmful questions and answers that are flagged. *false positives*: harmless
-ones. *over-refusal*: harmless questions that sound like harm ("kill the light") and are flagged, alone or with a
+In percent, with 95% intervals. *caught*: harmful questions and answers that are flagged. *held back*: of the exchanges
+with a harmful answer those that are, by the question or the answer. *false positives*: harmless texts that are flagged. *over-refusal*: harmless questions that sound like harm ("kill the light") and are flagged, alone or with a
 harmless answer.
 
 {_explained(metrics)}
