@@ -65,7 +65,8 @@ says how likely it does harm, and which: {", ".join(name.replace("_", " ") for n
 {_table(metrics)}
 
 In percent, with 95% intervals. *caught*: harmful questions and answers that are flagged. *held back*: of the exchanges
-with a harmful answer those that are, by the question or the answer. *false positives*: harmless texts that are flagged. *over-refusal*: harmless questions that sound like harm ("kill the light") and are flagged, alone or with a
+with a harmful answer those that are flagged, by the question or the answer. *false positives*: harmless texts that are
+flagged. *over-refusal*: harmless questions that sound like harm ("kill the light") and are flagged, alone or with a
 harmless answer.
 
 {_explained(metrics)}
