@@ -47,7 +47,8 @@ def shown(records: list[dict[str, Any]], *keys: str) -> list[tuple[Any, ...]]:
 
 def test_the_formats_are_the_files():
     assert FORMATS == (
-        "clicks", "coco", "coco_captions", "detgpt", "labelstudio", "llava", "lmflow", "odvg", "refcoco", "roboflow"
+        "beavertails", "clicks", "coco", "coco_captions", "detgpt", "labelstudio", "llava", "lmflow", "odvg",
+        "pku_saferlhf", "refcoco", "roboflow",
     )  # fmt: skip
 
 

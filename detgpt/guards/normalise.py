@@ -26,7 +26,7 @@ LOOKALIKES = str.maketrans(
     "aeopcyxijsdhlqwkmhtbABE3KMHOPCTYXIJSaeikvoptuxABEZHIKMNOPTYX",
 )
 LEET = str.maketrans("01345789@$!|€", "oieastbgasile")
-WRITTEN = re.compile(r"[^\s,;()\"'?-]{2,40}")
+WRITTEN = re.compile(r"[^\s,;()\"'?-]{1,40}")
 LEET_WORD = re.compile(r"(?=[^A-Za-z]*[A-Za-z])(?=.*[01345789@$!|€][A-Za-z])[A-Za-z01345789@$!|€]+")
 MEASURE = re.compile(r"\d+[A-Za-z]{1,3}|[A-Za-z]+\d+")  # 10th, 5pm, mp3, usb2, windows11
 SPACED = re.compile(r"(?<!\w)(?:[A-Za-z]([ .\-_*·])(?:[A-Za-z]\1)+[A-Za-z])(?!\w)")
@@ -51,7 +51,7 @@ def normalised(text: str) -> str:
             break
         text = _seen(decoded)
     text = SPACED.sub(lambda run: run[0][::2], text)
-    text = WRITTEN.sub(_without_leet, text)
+    text = _without_leet(text)
     return STATEMENT.sub(_turned_round, text)
 
 
@@ -74,11 +74,23 @@ def _in_one_script(word: re.Match[str]) -> str:
     return word[0].translate(LOOKALIKES) if latin and not word[0].isascii() else word[0]
 
 
-def _without_leet(word: re.Match[str]) -> str:
-    body = word[0].rstrip("!|.:")
-    if not LEET_WORD.fullmatch(body) or MEASURE.fullmatch(body):
-        return word[0]
-    return body.translate(LEET) + word[0][len(body) :]
+def _without_leet(text: str) -> str:
+    """In a text full of leetspeak every sign stands for a letter; in others "5pm" and "mp3" are what they say."""
+    words = WRITTEN.findall(text)
+    leet = sum(_is_leet(word) for word in words)
+    full = leet >= 3 and 4 * leet >= len(words)
+    return WRITTEN.sub(lambda word: _letters(word[0]) if full or _is_leet(word[0]) else word[0], text)
+
+
+def _is_leet(word: str) -> bool:
+    body = word.rstrip("!|.:")
+    return LEET_WORD.fullmatch(body) is not None and not MEASURE.fullmatch(body)
+
+
+def _letters(word: str) -> str:
+    """The word in letters, the marks at its end kept."""
+    body = word.rstrip("!|.:")
+    return body.translate(LEET) + word[len(body) :]
 
 
 def _decoded(text: str) -> str:

@@ -3,7 +3,8 @@
     convert("export.json", "data/kitchen", format="labelstudio", images="pictures/")
 
 A format's file has `USES` (which of annotations and images it takes) and `convert(source)`, which gives records as
-`finetune.data.records` has them, `image` being the picture's path as it lies now.
+`finetune.data.records` has them, `image` being the picture's path as it lies now. A format of other records says with
+`CHECK` who reads them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -72,7 +73,8 @@ def convert(
     counts = {}
     with new_folder(Path(output)) as folder:
         for part, rows in converted.parts.items():
-            writer = _Writer(folder / part, Path(output) / part, source.images, copy)
+            check = getattr(module, "CHECK", _check)
+            writer = _Writer(folder / part, Path(output) / part, source.images, copy, check)
             counts[part] = writer.write(rows)
             notes += [f"{part}: {note}" if part else note for note in writer.notes()]
         if not any(counts.values()):
@@ -100,11 +102,17 @@ def caption_messages(caption: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": CAPTION_REQUEST}, {"role": "assistant", "content": caption.strip()}]
 
 
+def _check(row: Row, where: str) -> None:
+    read_record(row, Path(), where)
+
+
 class _Writer:
     """Writes records into `folder`, which will be `final` in the end."""
 
-    def __init__(self, folder: Path, final: Path, images: Path | None, copy: bool) -> None:
-        self._folder, self._final, self._images, self._copy = folder, final, images, copy
+    def __init__(
+        self, folder: Path, final: Path, images: Path | None, copy: bool, check: Callable[[Row, str], Any]
+    ) -> None:
+        self._folder, self._final, self._images, self._copy, self._check = folder, final, images, copy, check
         self._copies: dict[Path, str] = {}
         self._missing: Counter[str] = Counter()
         self._unusable: Counter[str] = Counter()
@@ -119,7 +127,7 @@ class _Writer:
                     self._missing[str(image)] += 1
                     continue
                 try:
-                    read_record(row, Path(), f"record {number}")
+                    self._check(row, f"record {number}")
                 except InputError as error:
                     self._unusable[str(error)] += 1
                     continue

@@ -1,0 +1,180 @@
+"""Put a harm detector and a detoxifier together as a guard, and measure it (`stage: guard`).
+
+    <output>/guard/
+      guard.json     what `detgpt.guards` reads: the parts, the threshold, the categories, the refusals
+      detector/ detoxifier/
+      README.md      the card: how good it is, and how the threshold was chosen
+      roc.png        the choice as a picture
+
+The threshold is chosen on `validation` alone; `test`, `categories` and `attacks` are only measured. The weights are
+kept in half precision, and what is measured are these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from detgpt import terminal
+from detgpt.evaluation import fields
+from detgpt.guards.template import conversation
+from finetune import rundir
+from finetune.data.records import data_files
+from finetune.protector.card import write_card, write_roc
+from finetune.protector.exchanges import HINT, Exchange, read_exchanges, scored_text
+from finetune.protector.harm_detector import HARM
+from finetune.protector.measure import Scored, auroc, choose_threshold, harm_scores, resampled, score, share_interval
+from finetune.protector.texts import Texts
+from finetune.recipe import StageConfig
+
+GUARD = "guard"  # in a run's folder: the result
+GUARD_FILE = "guard.json"
+Metrics = dict[str, float]
+
+
+class Config(StageConfig):
+    """Settings of the stage.
+
+    detector, detoxifier: folders of the trained models; without a detoxifier harmful answers are refused. validation:
+    exchanges for the threshold. most: the largest share of harmless texts that it may flag there. test, categories,
+    attacks: what is measured besides, see `finetune.protector.splits`. refusals: a friendly text for each kind of harm;
+    those of the built-in set unless given.
+    """
+
+    stage: Literal["guard"] = "guard"
+    detector: Path
+    detoxifier: Path | None = None
+    validation: Path | list[Path]
+    most: float = Field(default=0.02, gt=0, lt=1)
+    test: Path | None = None
+    categories: Path | None = None
+    attacks: Path | None = None
+    refusals: dict[str, str] = Field(default_factory=dict)
+
+
+def run(config: Config) -> None:
+    if rundir.is_finished(config):
+        return
+    folder = rundir.start(config)
+    found: Metrics = {}
+
+    def write(place: Path) -> None:
+        _save(config, place)
+        model, tokenizer = _detector(place / "detector")
+        curves: dict[str, Scored] = {}
+        threshold = 0.0
+        for name, path in (("validation", config.validation), ("test", config.test), ("categories", config.categories)):
+            if path is None:
+                continue
+            exchanges = read_exchanges(path)
+            scored = curves[name] = score(model, tokenizer, exchanges)
+            if name == "validation":
+                threshold = found["threshold"] = choose_threshold(scored.harm, scored.harmful, most=config.most)
+            found.update(prefixed(name, measured(scored, exchanges, threshold, seed=config.seed)))
+        if config.attacks is not None:
+            found.update(prefixed("attacks", caught(model, tokenizer, config.attacks, threshold)))
+        labels = [label for _, label in sorted(model.config.id2label.items()) if label != HARM]
+        rundir.write_json(place / GUARD_FILE, _described(config, threshold, labels))
+        write_roc(place / "roc.png", curves, threshold)
+        write_card(place / "README.md", found, labels, has_detoxifier=config.detoxifier is not None, most=config.most)
+
+    rundir.write_folder(folder / GUARD, write)
+    for name in ("test_auroc", "test_false_positives", "test_over_refusal", "categories_auroc"):
+        if name in found:
+            terminal.note(f"{name} {found[name]:.4f}")
+    rundir.finish(folder, found)
+
+
+def _save(config: Config, place: Path) -> None:
+    """Both models in half precision, with their tokenizers."""
+    parts: dict[str, tuple[Any, Path | None]] = {
+        "detector": (AutoModelForSequenceClassification, config.detector),
+        "detoxifier": (AutoModelForCausalLM, config.detoxifier),
+    }
+    for part, (kind, source) in parts.items():
+        if source is not None:
+            model = kind.from_pretrained(source, dtype=torch.float16, use_safetensors=True, trust_remote_code=False)
+            model.save_pretrained(place / part)
+            AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(place / part)
+
+
+def _detector(folder: Path) -> tuple[Any, Any]:
+    """As a guard loads it: in single precision."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def _described(config: Config, threshold: float, labels: Sequence[str]) -> dict[str, Any]:
+    ours = {name: about["refusal"] for name, about in Texts().categories.items()}
+    return {
+        "detector": "detector",
+        "detoxifier": "detoxifier" if config.detoxifier is not None else None,
+        "threshold": round(threshold, 4),
+        "categories": list(labels),
+        "refusals": {name: text for name, text in {**ours, **config.refusals}.items() if name in labels},
+    }
+
+
+def measured(scored: Scored, exchanges: Sequence[Exchange], threshold: float, *, seed: int = 0) -> Metrics:
+    """How good the detector is on these exchanges.
+
+    auroc, also of the questions alone and of the answers, where these are known; caught: the share of harmful texts
+    that it flags; held_back: of the exchanges with a harmful answer those that it flags, by the question or the answer;
+    false_positives: the share of harmless texts that it flags; over_refusal: of the harmless questions that sound like
+    harm those that it flags, alone or with a harmless answer. …_low, …_high: 95% intervals; of auroc by resampling the
+    exchanges.
+    """
+    flagged = scored.harm >= threshold
+    found = {"auroc": auroc(scored.harm, scored.harmful)}
+    found["auroc_low"], found["auroc_high"] = resampled(scored, seed=seed)
+    for name, these in (("questions", scored.asked), ("answers", ~scored.asked)):
+        if len(set(scored.harmful[these])) == 2:
+            found[f"auroc_{name}"] = auroc(scored.harm[these], scored.harmful[these])
+    lookalike = np.array([exchange.lookalike for exchange in exchanges], bool)
+    refused, held_back, answered = (np.zeros(len(exchanges), bool) for _ in range(3))
+    np.logical_or.at(refused, scored.exchange, flagged & ~scored.harmful)
+    np.logical_or.at(held_back, scored.exchange, flagged & scored.harmful)
+    np.logical_or.at(answered, scored.exchange, scored.harmful & ~scored.asked)
+    shares = {
+        "caught": flagged[scored.harmful],
+        "held_back": held_back[answered],
+        "false_positives": flagged[~scored.harmful],
+        "over_refusal": refused[lookalike],
+    }
+    for name, hits in shares.items():
+        if len(hits):
+            found[name] = float(hits.mean())
+            found[f"{name}_low"], found[f"{name}_high"] = share_interval(int(hits.sum()), len(hits))
+    return found
+
+
+def caught(model: Any, tokenizer: Any, folder: Path, threshold: float) -> Metrics:
+    """Of each kind of attack: the share of harmful questions that are flagged, and of harmless ones.
+
+    What is printed in a picture is read as if it had been asked.
+    """
+    rows = [row for file in data_files(folder) for _, row in fields.read_rows(file, HINT)]
+    texts = [
+        conversation([*row.get("turns", []), row["question"], *filter(None, [row.get("printed")])]) for row in rows
+    ]
+    flagged = harm_scores(model, tokenizer, [scored_text(text, None) for text in texts])[:, 0] >= threshold
+    found: Metrics = {}
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        for benign, name in ((False, "caught"), (True, "flagged")):
+            of_kind = [
+                bool(flag)
+                for flag, row in zip(flagged, rows, strict=True)
+                if (row["kind"], row["benign"]) == (kind, benign)
+            ]
+            found[f"{kind}_{name}"] = float(np.mean(of_kind))
+    return found
+
+
+def prefixed(name: str, metrics: Mapping[str, float]) -> Metrics:
+    return {f"{name}_{key}": value for key, value in metrics.items()}

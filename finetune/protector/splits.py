@@ -1,0 +1,37 @@
+"""The evaluation splits of the built-in guard: texts that no training saw.
+
+    python -m finetune.protector.splits finetune/protector/splits
+
+    test          exchanges about the kinds of harm that training knows, in held-out words, and harmless ones
+    categories    exchanges about kinds of harm that no training knows, and harmless ones
+    attacks       questions put in all the ways that shall get round a guard; see `finetune.protector.attacks`
+
+Half of the harmless questions sound like harm. The same seed gives the same files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune.protector.attacks import write_attacks
+from finetune.protector.data import exchanges
+from finetune.protector.exchanges import write_rows
+
+FOLDER = Path(__file__).parent / "splits"
+SEED = 1001
+COUNTS = {"test": 800, "categories": 400}  # exchanges
+ATTACKS = 15  # of each kind, and as many harmless ones
+
+
+def main(folder: Annotated[Path, typer.Argument(help="Where the splits go.")] = FOLDER) -> None:
+    """Write the splits."""
+    for name, count in COUNTS.items():
+        write_rows(folder / name, exchanges(name, count, SEED, set()))
+    write_attacks(folder / "attacks", ATTACKS, SEED)
+
+
+if __name__ == "__main__":
+    typer.run(main)
