@@ -321,7 +321,7 @@ WRONG = {
     "no picture": "gives no record as 'coco'. 2 records were left out",
     "broken": "no annotation file",
     "option": "takes no annotations",
-    "format": "choose one of clicks",
+    "format": "choose one of beavertails",
 }
 
 
