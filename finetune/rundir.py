@@ -38,7 +38,7 @@ CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 ADAPTER = "adapter"
 PACKAGES = ("detgpt", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
-DATA = ("train", "validation")  # settings that name records
+DATA = ("train", "validation", "replay")  # settings that name records
 
 
 def is_finished(config: StageConfig) -> bool:

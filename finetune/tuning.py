@@ -67,6 +67,12 @@ def tuned(model: Any, how: Mapping[Group, Tune], lora: Lora) -> Any:
     return model
 
 
+def has_adapters(model: Any) -> bool:
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
 def group_of(part: str) -> Group:
     """The group of a part of `finetune.parts`."""
     return Group(part) if part in (VISION, PROJECTOR) else Group.LANGUAGE

@@ -1,6 +1,6 @@
 """A short run with our batches and callbacks, for tests/test_finetune_distributed.py to start in several processes.
 
-    python tests/distributed_run.py FOLDER [lisa]
+    python tests/distributed_run.py FOLDER [lisa | l2 | distill]
 
 Steps are of 8 examples, whatever the number of processes; the losses go into FOLDER/losses.json.
 """
@@ -11,12 +11,15 @@ import json
 import sys
 from pathlib import Path
 
+from families import tokenizer
 from test_finetune_batching import Texts, Tokenizer, text_model
 from transformers import Trainer, TrainingArguments
 
+from finetune.averaging.anchors import Anchor, AnchorSettings
 from finetune.batching import collator, draw_by_length
 from finetune.callbacks import LisaSettings, attach, train
 from finetune.cli import parted
+from finetune.loading import Checkpoint
 
 
 def main(folder: Path, *how: str) -> None:
@@ -30,10 +33,20 @@ def main(folder: Path, *how: str) -> None:
     trainer = Trainer(model, settings, train_dataset=data, data_collator=collator(model, Tokenizer, packing=True))
     draw_by_length(trainer, [len(text["input_ids"]) for text in data.texts])
     attach(trainer, lisa=LisaSettings(layers=2, every=3) if "lisa" in how else None)
+    for kind in {"l2", "distill"} & {*how}:
+        trainer.callback_handler.callbacks.insert(0, anchored(trainer, folder / str(settings.process_index), kind))
     train(trainer)
     if settings.process_index == 0:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         (folder / "losses.json").write_text(json.dumps(losses))
+
+
+def anchored(trainer: Trainer, folder: Path, kind: str) -> Anchor:
+    """To a model of other weights."""
+    text_model("llama", num_hidden_layers=4, initializer_range=0.2).save_pretrained(folder)
+    tokenizer(end="</s>").save_pretrained(folder)
+    settings = AnchorSettings(model=str(folder), kind=kind, weight={"l2": 1e-3, "distill": 0.5}[kind])
+    return Anchor(trainer, settings, Checkpoint(model="another"), "float32")
 
 
 if __name__ == "__main__":

@@ -422,8 +422,9 @@ def test_a_served_reasoner_comes_with_its_key_and_alone(
 
 
 def test_every_option_arrives(launched: list[dict[str, Any]]) -> None:
-    run(*"--device cpu --port 8080 --auth me:a:b --queue-size 5 --mcp".split())
+    run(*"--device cpu --port 8080 --auth me:a:b --queue-size 5 --mcp --feedback clicks".split())
     (given,) = launched
+    assert given["feedback"] == Path("clicks")
     assert (given["device"], given["port"], given["login"], given["queue_size"], given["mcp"]) == (
         "cpu",
         8080,

@@ -47,7 +47,7 @@ def shown(records: list[dict[str, Any]], *keys: str) -> list[tuple[Any, ...]]:
 
 def test_the_formats_are_the_files():
     assert FORMATS == (
-        "coco", "coco_captions", "detgpt", "labelstudio", "llava", "lmflow", "odvg", "refcoco", "roboflow"
+        "clicks", "coco", "coco_captions", "detgpt", "labelstudio", "llava", "lmflow", "odvg", "refcoco", "roboflow"
     )  # fmt: skip
 
 
@@ -320,7 +320,7 @@ WRONG = {
     "no picture": "gives no record as 'coco'. 2 records were left out",
     "broken": "no annotation file",
     "option": "takes no annotations",
-    "format": "choose one of coco",
+    "format": "choose one of clicks",
 }
 
 

@@ -29,7 +29,7 @@ def losses(folder: Path, *how: str, launcher: str | None = None) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["", "lisa"])
+@pytest.mark.parametrize("how", ["", "lisa", "l2", "distill"])
 def test_two_processes_train_as_one_does(tmp_path: Path, how: str) -> None:
     """Packed batches drawn by length, with progress and watch; with LISA other layers are frozen every three steps."""
     alone = losses(tmp_path / "alone", how)

@@ -27,6 +27,7 @@ from finetune.preference.raft import best, top
 from finetune.preference.rewards import RewardSettings
 from finetune.preference.samples import fallen, measured
 from finetune.recipe import find_recipe, read_recipe, run_recipe
+from finetune.rundir import read_run
 from finetune.stages import instruct
 
 SPLIT = Path(__file__).parents[1] / "finetune/picto/splits/needs"
@@ -265,3 +266,30 @@ def test_where_no_answer_is_better_there_is_nothing_to_prefer(wishes, tmp_path):
     settings = [f"train={wishes}", f"output={tmp_path / 'run'}", "prompts=1", "sampling.count=1"]
     with pytest.raises(InputError, match="of no wish is one answer better than another"):
         run_recipe("iterative-dpo-picto", settings)
+
+
+def test_replayed_records_are_learned_beside_the_chosen_answers_none_twice_before_all_have_come(wishes, tmp_path):
+    old = tmp_path / "old"
+    old.mkdir()
+    asked = [{"role": "user", "content": "Is tea hot?"}, {"role": "assistant", "content": "Yes."}]
+    wish = {"image": str(SPLIT / "images/0000.webp"), "instruction": "A cup", "targets": ["cup"]}
+    (old / "data.jsonl").write_text("\n".join(map(json.dumps, [{"messages": asked}, wish])))
+    run_recipe(
+        "raft-picto",
+        [
+            f"train={wishes}",
+            f"output={tmp_path / 'run'}",
+            "prompts=6",
+            "iterations=1",
+            "sampling.count=2",
+            f"replay={old}",
+            "replay_ratio=0.5",
+            *TRAINER,
+        ],
+    )
+    learned = lines(tmp_path / "run/iterations/01/chosen/data.jsonl")
+    assert len(learned) == 9
+    *chosen, one, two, three = learned
+    assert all("answer" in row for row in chosen)
+    assert {"messages" in one, "messages" in two} == {True, False} and three in (one, two)
+    assert read_run(tmp_path / "run")["data"].keys() == {"train", "replay"}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -34,6 +35,9 @@ def demo(
     auth: Annotated[str | None, typer.Option(metavar="USER:PASSWORD", help="Ask visitors for this login.")] = None,
     queue_size: Annotated[int, typer.Option(min=1, help="Wishes that may wait; more are turned away.")] = 32,
     mcp: Annotated[bool, typer.Option("--mcp", help="Also be an MCP server, for agents.")] = False,
+    feedback: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Give answers thumbs; store clicks and their pictures here.")
+    ] = None,
 ) -> None:
     """Open a page in the browser: a picture, a wish, and what fits it.
 
@@ -55,6 +59,7 @@ def demo(
             "login": login,
             "queue_size": queue_size,
             "mcp": mcp,
+            "feedback": feedback,
         }
         serve(names, **page, **loading)
 
@@ -68,11 +73,13 @@ def serve(
     login: tuple[str, str] | None = None,
     queue_size: int = 32,
     mcp: bool = False,
+    feedback: Path | None = None,
     wait: bool = True,
     **loading: Any,
 ) -> Any:
     """Load the first model and serve the page; without `wait` give back the running `gr.Blocks`.
 
+    feedback: the folder that clicks on thumbs go to, see `detgpt.web.feedback`; None: there are no thumbs.
     loading: further arguments of `DetGPT.from_pretrained` for every model, such as `device`.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
@@ -83,14 +90,16 @@ def serve(
             import mcp as _  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(error.name or "gradio", "demo") from error
+    from detgpt.web.feedback import Clicks
     from detgpt.web.models import Models
     from detgpt.web.page import LOOK, build
 
+    clicks = Clicks(feedback) if feedback else None
     models, first = Models(names, **loading), resolve(names[0])
     parts = [first.detector] if loading.get("base_url") else [first.reasoner, first.detector]
     with terminal.loading(names[0], parts, debug=False):
         models[names[0]]
-    page = build(models)
+    page = build(models, clicks)
     page.queue(max_size=queue_size)
     try:
         page.launch(

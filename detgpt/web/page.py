@@ -9,6 +9,7 @@ import gradio as gr
 from gradio.themes.utils.fonts import LocalFont
 
 from detgpt.web.api import connect_api
+from detgpt.web.feedback import Clicks
 from detgpt.web.models import Models
 from detgpt.web.picture_tab import PictureTab
 from detgpt.web.samples import FOLDER
@@ -55,13 +56,13 @@ LOOK: dict[str, Any] = {
 }
 
 
-def build(models: Models) -> gr.Blocks:
-    """The page around the models on offer; `launch(**LOOK)` gives it its look."""
+def build(models: Models, clicks: Clicks | None = None) -> gr.Blocks:
+    """The page around the models on offer, and where its thumbs go; `launch(**LOOK)` gives it its look."""
     gr.set_static_paths([FOLDER])
     with gr.Blocks(title="DetGPT", analytics_enabled=False, delete_cache=(HOUR, 24 * HOUR)) as page:
         gr.HTML(HEADER, apply_default_css=False, elem_id="header")
         with gr.Tab("Picture"):
-            PictureTab(models)
+            PictureTab(models, clicks)
         with gr.Tab("Video"):
             VideoTab(models)
         connect_api(models)

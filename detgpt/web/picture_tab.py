@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,6 +15,7 @@ from detgpt.images import load_image
 from detgpt.pipeline import Options
 from detgpt.results import Detections
 from detgpt.web.conversation import Conversation, floor
+from detgpt.web.feedback import Answer, Clicks, Thumb
 from detgpt.web.models import Models
 from detgpt.web.samples import PICTURES, Sample
 from detgpt.web.stage import CSS, JS, stage
@@ -29,6 +30,8 @@ FIELD: dict[str, dict[str, Any]] = {
 PICTO_NOTE = (
     "The built-in model knows drawn pictograms, not photographs. For those choose another model under Advanced."
 )
+THUMBS: dict[Thumb | None, str] = {"up": "Like", "down": "Dislike"}  # in Gradio's words
+THUMBS_NOTE = "A thumb under an answer stores it here with the picture and the wish, to train better models."
 # Through the queue even where nothing is slow: only so does the page show an error in its own words.
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 QUICK: dict[str, Any] = {**QUIET, "concurrency_limit": None}
@@ -48,11 +51,19 @@ CHOOSE = """element.addEventListener("click", (event) => {
 
 @dataclass(frozen=True)
 class Visit:
-    """One visitor's conversation, and where the browser finds its picture."""
+    """One visitor's conversation, and where the browser finds its picture.
+
+    answers: those that can be clicked on, by their place in the chat.
+    """
 
     conversation: Conversation
     url: str
     is_sample: bool = False
+    answers: Mapping[int, Answer] = field(default_factory=dict)
+
+    def anew(self, model: str | None = None) -> Visit:
+        """The same picture, nothing said."""
+        return replace(self, conversation=self.conversation.anew(model), answers={})
 
     def html(self, options: Options) -> str:
         conversation = self.conversation
@@ -61,12 +72,17 @@ class Visit:
 
 
 class PictureTab:
-    """The tab's parts, and what happens at a touch. Every visitor has a `Visit` of their own."""
+    """The tab's parts, and what happens at a touch. Every visitor has a `Visit` of their own.
 
-    def __init__(self, models: Models) -> None:
+    clicks: where thumbs up and down go; None: answers have none.
+    """
+
+    def __init__(self, models: Models, clicks: Clicks | None = None) -> None:
         self.models = models
+        self.clicks = clicks
         first = _sample_visit(PICTURES[0], models.default)
         self.visit = gr.State(first)
+        self.thumbs = gr.State({})  # by the id of the answer
         with gr.Row(equal_height=False, elem_classes="columns"):
             with gr.Column(scale=7, min_width=320):
                 self._lay_out_picture(first)
@@ -108,6 +124,7 @@ class PictureTab:
             visible=False,
             elem_id="chat",
         )
+        gr.Markdown(THUMBS_NOTE, visible=self.clicks is not None, elem_id="thumbs-note", elem_classes="hint")
         with gr.Accordion("Take it with you", open=False, visible=False, elem_id="take") as self.take:
             with gr.Row():
                 self.png = gr.Button("Save PNG", size="sm", elem_id="png")
@@ -177,6 +194,8 @@ class PictureTab:
             self.choose_model, [self.visit, self.model], [*fresh, self.least, self.merge], cancels=asked, **QUICK
         )
         self.mode.change(lambda mode: gr.Textbox(**FIELD[mode]), self.mode, self.wish, **QUICK)
+        if self.clicks:
+            self.chat.like(self.click, [self.visit, self.chat, self.thumbs], [self.chat, self.thumbs], **QUICK)
         for button, save in ((self.png, self.save_png), (self.json, self.save_json)):
             saved = button.click(save, thresholds, self.file, **QUICK)
             saved.success(None, self.file, None, js=DOWNLOAD, **QUICK)
@@ -204,7 +223,11 @@ class PictureTab:
                         yield {self.chat: [*said, {"role": "assistant", "content": written}]}
         except DetGPTError as error:
             raise shown_error(error) from error
-        visit = replace(visit, conversation=conversation)
+        answers = dict(visit.answers)
+        if mode == WISH:
+            *history, turn = conversation.turns
+            answers[len(said)] = Answer(turn, tuple(history), conversation.model)
+        visit = replace(visit, conversation=conversation, answers=answers)
         answer = {"role": "assistant", "content": _in_words(conversation.shown(self._options(visit, least, merge)))}
         yield {self.visit: visit, self.chat: [*said, answer], self.wish: "", **self.show(visit, least, merge)}
 
@@ -231,7 +254,7 @@ class PictureTab:
         own = self.models.options(visit.conversation.model)
         return {
             self.visit: visit,
-            self.chat: gr.Chatbot([], visible=False),
+            self.chat: gr.Chatbot([], visible=False, feedback_value=[]),
             self.detect: _ready(),
             **self.show(visit, own.box_threshold, own.nms_threshold),
         }
@@ -264,13 +287,30 @@ class PictureTab:
         return {self.picker: gr.Column(visible=picking), self.viewer: gr.Column(visible=not picking)}
 
     def start_anew(self, visit: Visit) -> dict[Any, Any]:
-        return self._unasked(replace(visit, conversation=visit.conversation.anew()))
+        return self._unasked(visit.anew())
 
     def choose_model(self, visit: Visit, model: str) -> dict[Any, Any]:
         """Another model starts a new conversation with its own thresholds; it loads at the next wish."""
         own = self.models.options(model)
         scales = {self.least: gr.Slider(**_score_scale(own)), self.merge: own.nms_threshold}
-        return {**self._unasked(replace(visit, conversation=visit.conversation.anew(model))), **scales}
+        return {**self._unasked(visit.anew(model)), **scales}
+
+    def click(self, visit: Visit, said: list[Any], thumbs: dict[str, str | None], liked: gr.LikeData) -> dict[Any, Any]:
+        """Keep a thumb up or down, or that it was taken back."""
+        assert self.clicks is not None, "without it no thumbs are shown"
+        answer = visit.answers.get(liked.index) if isinstance(liked.index, int) else None
+        if answer is None:
+            raise shown_error("Only answers to wishes are stored.", "Not stored")
+        thumb: Thumb | None = "up" if liked.liked is True else "down" if liked.liked is False else None
+        try:
+            self.clicks.add(visit.conversation.picture, answer, thumb)
+        except DetGPTError as error:
+            raise shown_error(error, "Not stored") from error
+        thumbs = {**thumbs, answer.id: THUMBS.get(thumb)}
+        # In the order of the answers, and all of them: at a new one the browser forgets what it was not told.
+        answers = [visit.answers.get(place) for place, message in enumerate(said) if message["role"] == "assistant"]
+        shown = [thumbs.get(answer.id) if answer else None for answer in answers]
+        return {self.thumbs: thumbs, self.chat: gr.Chatbot(feedback_value=shown)}
 
     def save_png(self, visit: Visit, least: float, merge: float) -> str:
         path, result = self._to_save(visit, least, merge, "png")

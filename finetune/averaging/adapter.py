@@ -31,7 +31,7 @@ class Adapter:
 
     def __init__(self, folder: Path, base: Path, tensors: Mapping[str, Stored]) -> None:
         self._config = _read_config(folder / CONFIG)
-        left = {_of_base(name): value for name, value in load_file(folder / WEIGHTS).items()}
+        left = {of_base(name): value for name, value in load_file(folder / WEIGHTS).items()}
         self._whole: dict[str, torch.Tensor] = {}
         self._factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name, parameter in parameter_names(base, tensors).items():
@@ -78,9 +78,9 @@ class Adapter:
         return tuple(self._whole[name].shape) if name in self._whole else None
 
 
-def _of_base(name: str) -> str:
+def of_base(name: str) -> str:
     """What the base model calls the parameter, or the layer that an adapter's factor is of."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
 
 
 def is_adapter(folder: Path) -> bool:

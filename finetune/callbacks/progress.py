@@ -2,7 +2,8 @@
 
     step 20 of 200: loss 1.2345, 5,120 tokens/s, 12.3 images/s, 0:03:20 left
 
-Where answers are compared or scored, it has the margin, the accuracy or the reward as well.
+Where answers are compared or scored, it has the margin, the accuracy or the reward as well, and what an anchor adds to
+the loss.
 Tokens are those of the examples, not of padding; both rates are of all processes together. They go into the logs, so
 TensorBoard has them too.
 """
@@ -21,7 +22,13 @@ from transformers import TrainerCallback
 from detgpt import terminal
 
 # What a line shows of a trainer's logs, where they have it → its name there.
-SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy", "reward": "reward"}
+SHOWN = {
+    "loss": "loss",
+    "anchor": "anchor",
+    "rewards/margins": "margin",
+    "rewards/accuracies": "accuracy",
+    "reward": "reward",
+}
 
 
 class Progress(TrainerCallback):

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from detgpt.evaluation.calibration import summary
 
 from detgpt.errors import InputError
-from detgpt.evaluation.calibration import summary
+from finetune.batching import IGNORED
 from finetune.distill import plot
 from finetune.distill.cache import Cache, Header
 from finetune.distill.sparse import Kept
@@ -86,14 +87,14 @@ def true_tokens(cache: Cache, records: Any, encoder: RecordEncoder) -> torch.Ten
     tokens = []
     for number, record in enumerate(records):
         labels = encoder.encode(record)["labels"]
-        learned = labels[labels >= 0]
+        learned = labels[labels != IGNORED]
         cache.rows_of(number, learned, record["where"])
         tokens.append(learned)
     return torch.cat(tokens)
 
 
 def report(folder: Path, found: Recalibration, cache: Cache, labels: torch.Tensor) -> dict[str, Any]:
-    """Write recalibration.json, and a reliability diagram of the teacher's first choices before and after; the first."""
+    """Write recalibration.json and a reliability diagram of the teacher's first choices, before and after."""
     kept = cache.kept(torch.arange(cache.header.rows))
     numbers: dict[str, Any] = {"way": found.way, "strength": found.strength}
     curves = {}

@@ -77,7 +77,7 @@ def iterate(config: IterationConfig, choose: Choose, learn: Learn) -> None:
     for number in range(1, config.iterations + 1):
         place = config.output / ITERATIONS / f"{number:02d}"
         if not (place / METRICS).is_file():
-            samples = _samples(config, model, records, number)
+            samples = sampled(config, model, records, number)
             _choose(config, choose, samples, number, history)
         history.append(json.loads((place / METRICS).read_text(encoding="utf-8")))
         if rundir.read_run(place).get("finished") is None:
@@ -100,8 +100,11 @@ def of_iteration(kind: type[Kind], config: IterationConfig, model: str, **own: A
     return kind.model_validate({**shared, **later, "model": model, **own})
 
 
-def _samples(config: IterationConfig, model: str, records: Sequence[Row], number: int) -> list[Sampled]:
-    """The answers of this iteration, scored: those that are there already, or new ones."""
+def sampled(config: IterationConfig, model: str, records: Sequence[Row], number: int) -> list[Sampled]:
+    """The answers of `model` in an iteration, scored: those that are there already, or new ones.
+
+    They are in `iterations/<number>/samples.jsonl`; the number after the last one's is for the finished model.
+    """
     file = config.output / ITERATIONS / f"{number:02d}" / SAMPLES
     if not file.is_file():
         write_lines(file, _answered(config, model, records, number))

@@ -12,19 +12,21 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from datasets import Dataset
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig, SFTTrainer
 
+from detgpt.errors import InputError
 from detgpt.models import PAIRS, ModelPair
 from finetune import callbacks, rundir
 from finetune.arguments import arguments, checked
+from finetune.averaging.anchors import Anchor, AnchorSettings
 from finetune.batching import collator, draw_by_length
-from finetune.callbacks import DetectionSettings, LisaSettings
+from finetune.callbacks import AverageSettings, DetectionSettings, LisaSettings
 from finetune.loading import Checkpoint, load, stored_dtype
 from finetune.recipe import StageConfig
-from finetune.tuning import Group, Lora, Tune, tuned
+from finetune.tuning import Group, Lora, Tune, has_adapters, tuned
 
 REASONER = "reasoner"  # in a run's folder: the result
 REWARD_MODEL = "reward_model"  # the same of a run whose model scores
@@ -48,7 +50,8 @@ class ReasonerConfig(Checkpoint, StageConfig):
     train, validation: folders of records (`finetune.data.records`). detector: the other half of the pair that the
     result makes: a hub id, a folder, or a named pair ("picto"). max_length: tokens of an example, the rest is cut off.
     lisa: which layers train at a time where `language` is "lisa". detection: what every evaluation detects with.
-    trainer: the arguments of the stage's trainer, TRL's SFTConfig unless it has another.
+    anchor: a model to stay near. average_steps: weights of which steps are averaged. trainer: the arguments of the
+    stage's trainer, TRL's SFTConfig unless it has another.
     """
 
     arguments: ClassVar[type[TrainingArguments]] = SFTConfig
@@ -60,12 +63,42 @@ class ReasonerConfig(Checkpoint, StageConfig):
     lora: Lora = Lora()
     lisa: LisaSettings = LisaSettings()
     detection: DetectionSettings | None = None
+    anchor: AnchorSettings | None = None
+    average_steps: AverageSettings | None = None
     trainer: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("trainer")
     @classmethod
     def _known(cls, trainer: dict[str, Any]) -> dict[str, Any]:
         return checked(cls.arguments, trainer)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _anchored_where_it_starts(cls, values: Any) -> Any:
+        """Unless the anchor is a model of its own: `of_iteration` then keeps the first iteration's."""
+        anchor = values.get("anchor")
+        if not isinstance(anchor, Mapping) or "model" in anchor:
+            return values
+        own = {name: values[name] for name in Checkpoint.model_fields if name in values}
+        return {**values, "anchor": {**own, **anchor}}
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> ReasonerConfig:
+        if self.anchor is not None and self.anchor.kind == "distill":
+            if self.arguments is not SFTConfig:
+                raise InputError(
+                    f"anchor.kind: distill is for stages that learn given answers, which {self.stage} does not: take "
+                    "l1 or l2"
+                )
+            for setting, usual in (("loss_type", "nll"), ("label_smoothing_factor", 0)):
+                if self.trainer.get(setting, usual) != usual:
+                    raise InputError(f"anchor.kind: distill goes with the usual loss: leave trainer.{setting} out")
+        if self.average_steps is not None and self.trainer.get("load_best_model_at_end"):
+            raise InputError(
+                "either the average is the result, or the best step: leave average_steps or "
+                "trainer.load_best_model_at_end out"
+            )
+        return self
 
 
 class PartsConfig(ReasonerConfig):
@@ -127,8 +160,8 @@ def train(
     """Train the parts as `how` says, on what `prepare` makes of the records, and write the result to `config.output`.
 
     build: makes the trainer. Its arguments are of the class `config.arguments`: `defaults`, over them the recipe's, and
-    `ours`, which the recipe may not set. after: what is done to the trained model before it is kept. A finished run is left as it is; one that was interrupted goes on from its
-    last checkpoint.
+    `ours`, which the recipe may not set. after: what is done to the trained model before it is kept. A finished run is
+    left as it is; one that was interrupted goes on from its last checkpoint.
     """
     args = _arguments(config, defaults or {}, ours)
     if rundir.is_finished(config):
@@ -152,8 +185,12 @@ def train(
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
             callback.logging_dir = str(folder / rundir.TENSORBOARD)
-    callbacks.attach(trainer, lisa=lisa, detection=config.detection)
+    callbacks.attach(trainer, lisa=lisa, detection=config.detection, average=config.average_steps)
+    if config.anchor is not None:
+        trainer.callback_handler.callbacks.insert(0, Anchor(trainer, config.anchor, config, _dtype(config, how)))
     callbacks.train(trainer)
+    if config.average_steps is not None and validation is not None:
+        trainer.evaluate()  # the last numbers are those of the result
     told = after(trainer) if after is not None else {}
     _keep(config, trainer, processor)
     if trainer.is_world_process_zero():
@@ -235,12 +272,6 @@ def merged(config: Checkpoint, adapter: Path) -> Any:
 
     model, _ = load(config, "auto")
     return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-
-
-def has_adapters(model: Any) -> bool:
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
 
 
 def _metrics(trainer: Any) -> dict[str, float]:
