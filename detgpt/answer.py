@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -89,13 +89,13 @@ class ParsedAnswer:
             raise InputError(f"names={list(names)!r} holds no name or an empty one: give at least one word for each")
         return cls(once, ((0, 0),) * len(once), reasoning="")
 
-    def without(self, name: str, problem: str) -> ParsedAnswer:
-        """The other names, and `problem`, which says why this one is gone, where it was among them."""
-        if name not in self.names:
+    def without(self, left_out: Collection[str], problem: str | None = None) -> ParsedAnswer:
+        """The other names, and `problem`, which says why these are gone, where one of them was here."""
+        kept = [i for i, name in enumerate(self.names) if name not in left_out]
+        if len(kept) == len(self.names):
             return self
-        kept = [i for i, other in enumerate(self.names) if other != name]
         names, spans = tuple(self.names[i] for i in kept), tuple(self.spans[i] for i in kept)
-        problems = " ".join(filter(None, [self.problem, problem]))
+        problems = " ".join(filter(None, [self.problem, problem])) or None
         return ParsedAnswer(names, spans, self.reasoning, problems)
 
 
@@ -131,12 +131,27 @@ def answer_is_complete(text: str) -> bool:
 
 
 def name_confidence(raw: RawAnswer, span: tuple[int, int]) -> float | None:
-    """Probability in [0, 1] that the reasoner gave the characters `span` of its text; None when unknown."""
+    """Probability in [0, 1] that the reasoner gave to a name, the characters `span` of its text; None when unknown.
+
+    The list repeats what the reasoning has concluded, so its own tokens are nearly certain, right or wrong. The choice
+    was made where the reasoning says the name for the last time, with its article ("The" against "Nothing here fits");
+    both count.
+    """
     if raw.tokens is None:
         return None
-    start, end = span
-    logprobs = [token.logprob for token in raw.tokens if token.start < end and start < token.end]
+    places = [span, *_last_mention(raw.text, span)]
+    logprobs = [
+        token.logprob for token in raw.tokens if any(token.start < end and start < token.end for start, end in places)
+    ]
     return math.exp(sum(logprobs)) if logprobs else None
+
+
+def _last_mention(text: str, span: tuple[int, int]) -> list[tuple[int, int]]:
+    """Where the lines above that of `span` say its name last, with its article; empty where they do not."""
+    start, end = span
+    above = max(text.rfind("\n", 0, start), 0)
+    mention = rf"(?<!\w)(?:(?:an?|the|some)\s{{1,4}})?{re.escape(text[start:end])}(?:e?s)?(?!\w)"
+    return [found.span() for found in re.finditer(mention, text[:above], re.IGNORECASE)][-1:]
 
 
 # --- where the answer is ---

@@ -262,6 +262,7 @@ def _write_parquet(records: list[dict[str, Any]], output: Path) -> None:
         "names",
         "reasoning",
         "targets",
+        "unsure",
         "detections",
         "image_wh",
         "problem",

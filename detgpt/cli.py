@@ -1,4 +1,5 @@
-"""The command line: `detgpt detect`, `batch`, `chat`, `demo`, `serve`, `models`, `convert`, `eval` and `bench-build`.
+"""The command line: `detgpt detect`, `batch`, `chat`, `demo`, `serve`, `models`, `convert`, `eval`,
+`calibrate` and `bench-build`.
 
     detgpt detect kitchen.png "I am thirsty" --output out.png
 
@@ -26,6 +27,7 @@ from detgpt import batch as batches
 from detgpt.answer import ParsedAnswer
 from detgpt.cluster import Cluster
 from detgpt.errors import DetGPTError, InputError, ModelError
+from detgpt.evaluation.calibrating import calibrate_command
 from detgpt.evaluation.command import bench_build_command, eval_command
 from detgpt.flags import Choice, with_model
 from detgpt.images import PICTURE_SUFFIXES, load_image
@@ -264,6 +266,7 @@ def models() -> None:
 
 
 app.command("eval", no_args_is_help=True)(eval_command)
+app.command("calibrate", no_args_is_help=True)(calibrate_command)
 app.command("bench-build", no_args_is_help=True)(bench_build_command)
 
 

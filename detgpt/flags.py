@@ -12,7 +12,7 @@ import typer
 
 from detgpt import terminal
 from detgpt.described import described
-from detgpt.models import LOADING, OWN_BOXES, SEGMENTER, ModelPair, resolve
+from detgpt.models import AUTO, LOADING, OWN_BOXES, SEGMENTER, ModelPair, load_calibration, resolve
 from detgpt.pipeline import DetGPT, Options
 from detgpt.reasoners.scripted import ScriptedReasoner
 
@@ -36,6 +36,8 @@ class Choice:
         trained so.
     coordinates: what the numbers of a reasoner's own boxes mean: thousandths, resized or original; by its family
         unless given.
+    calibration: what makes confidences and scores into probabilities: a file of detgpt calibrate, auto for the one
+        that lies beside the model, or none.
     debug: show tracebacks, and the libraries' own messages.
     """
 
@@ -50,6 +52,7 @@ class Choice:
     precision: str | None = None
     prompt: str | None = None
     coordinates: str | None = None
+    calibration: str = AUTO
     debug: bool = field(default=False, metadata={"flags": ("--debug",)})
 
     def pair(self, reasons: bool) -> ModelPair:
@@ -65,6 +68,7 @@ class Choice:
         pair = self.pair(reasons)
         options = Options().updated({**pair.options, **settings})
         loading: dict[str, Any] = {"device": self.device, "dtype": self.dtype, **pair.loading}
+        loading["calibration"] = load_calibration(self.calibration, pair)
         if pair.base_url:
             loading["api_key"] = self.reasoner_key
         # Without reasoning nobody asks the reasoner, so the gigabytes of a real one stay where they are.

@@ -6,7 +6,8 @@ A pair is named ("picto", "small", "base", "large") or is a folder with a `detgp
 
 Paths in it are relative to the folder; anything else is a hub id. With "base_url" the reasoner is the name of a model
 that a server runs; the detector "reasoner" means the reasoner's own boxes. How they are loaded may be said as well:
-"prompt", "precision", "runtime" and "coordinates", see `ModelPair`.
+"prompt", "precision", "runtime" and "coordinates", see `ModelPair`. A `calibration.json` beside it makes confidences
+and scores of the pair into probabilities, see `detgpt.calibration`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from detgpt.calibration import CALIBRATION_FILE, Calibration, check_fits, identity, read_calibration
 from detgpt.errors import InputError, ModelError
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ _PACKAGE = Path(__file__).parent
 PAIR_FILE = "detgpt.json"
 SEGMENTER = "facebook/sam2.1-hiera-small"  # asked only for masks, so one serves every pair
 OWN_BOXES = "reasoner"  # in a detector's place
+AUTO, NONE = "auto", "none"  # of a calibration: the pair's own if it has one; leave the numbers as they are
 LOADING = ("base_url", "prompt", "precision", "runtime", "coordinates")  # how a pair's parts are loaded
 
 
@@ -38,6 +41,7 @@ class ModelPair:
 
     base_url: address of the OpenAI-compatible server that runs the reasoner; None: it runs here.
     prompt, precision, runtime, coordinates: as in `DetGPT`; None: as these decide by themselves.
+    calibration: the file that lies beside its `detgpt.json`, None where there is none.
     """
 
     reasoner: str
@@ -50,11 +54,20 @@ class ModelPair:
     precision: str | None = None
     runtime: str | None = None
     coordinates: str | None = None
+    calibration: str | None = None
 
     @property
     def loading(self) -> dict[str, str]:
         """What it says of `LOADING`: arguments of `DetGPT`."""
         return {name: value for name in LOADING if (value := getattr(self, name)) is not None}
+
+    @property
+    def identities(self) -> dict[str, str]:
+        """What tells the weights of its two parts from others, see `detgpt.calibration.identity`."""
+        return {
+            "reasoner": self.reasoner if self.base_url else identity(self.reasoner),
+            "detector": self.detector if self.detector == OWN_BOXES else identity(self.detector),
+        }
 
 
 def _weights_folder() -> Path:
@@ -105,12 +118,41 @@ def resolve(model: str | Path) -> ModelPair:
             found,
             reasoner=found.reasoner if found.base_url else _local_or_hub(pair, found.reasoner),
             detector=found.detector if found.detector == OWN_BOXES else _local_or_hub(pair, found.detector),
+            calibration=str(pair / CALIBRATION_FILE) if (pair / CALIBRATION_FILE).is_file() else None,
         )
     except (json.JSONDecodeError, TypeError) as error:
         raise ModelError(
             f"{file} is not a description of a model pair ({error}): it needs 'reasoner' and 'detector', "
             f"and may have 'options', 'knows', 'needs', {', '.join(map(repr, LOADING))}"
         ) from error
+
+
+def describe_pair(pair: ModelPair, settings: Mapping[str, Any]) -> str:
+    """What a `detgpt.json` in another folder says of this pair, `settings` becoming its options."""
+    parts = {name: getattr(pair, name) for name in ("reasoner", "detector")}
+    described = {
+        **{name: str(Path(part).resolve()) if Path(part).is_dir() else part for name, part in parts.items()},
+        "options": {**pair.options, **settings},
+        "knows": pair.knows,
+        "needs": pair.needs,
+        **pair.loading,
+    }
+    return json.dumps(described, indent=2, ensure_ascii=False) + "\n"
+
+
+def load_calibration(calibration: Calibration | str | Path | None, pair: ModelPair) -> Calibration | None:
+    """The calibration of a pair: "auto", the pair's own if it has one; a file; or None or "none".
+
+    Raises `ModelError` for a file that cannot be read, is no calibration, or was fitted for other weights.
+    """
+    if isinstance(calibration, Calibration) or calibration is None:
+        return calibration
+    file = {AUTO: pair.calibration, NONE: None}.get(str(calibration), str(calibration))
+    if file is None:
+        return None
+    read = read_calibration(file)
+    check_fits(read, file, **pair.identities)
+    return read
 
 
 def _local_or_hub(folder: Path, part: str) -> str:

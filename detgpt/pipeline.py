@@ -8,6 +8,7 @@ This is the only module that knows both models. Everything else either feeds it 
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -16,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from detgpt.answer import RETRY_INSTRUCTION, ParsedAnswer, name_confidence, parse_answer
 from detgpt.boxes import nms_per_target, one_target_per_box
+from detgpt.calibration import Calibration
 from detgpt.errors import InputError, UnreadableNameError
 from detgpt.images import ImageSource, load_image
 from detgpt.models import (
+    AUTO,
     OWN_BOXES,
     SEGMENTER,
+    load_calibration,
     load_detector,
     load_reasoner,
     load_segmenter,
@@ -46,8 +50,10 @@ SAME_THING = 0.8  # two names whose boxes overlap more than this IoU name one th
 class Options:
     """What may be set for one call or for a whole model.
 
-    box_threshold: least score of a box, in [0, 1].
+    box_threshold: least score of a box, in [0, 1]; of its score before calibration, as the detector gives it.
     text_threshold: least score of a box for its own name where several names share a prompt, in [0, 1].
+    min_confidence: leave out targets that the reasoner is less sure of, in [0, 1]; they are not looked for, and
+        `unsure` lists them.
     nms_threshold: boxes of one target that overlap more than this IoU are one thing; in (0, 1].
     prompting: "separate" asks for each name by itself, so no name disturbs another;
         "joint" puts all names into one prompt, as the original did: cheaper with many names.
@@ -60,6 +66,7 @@ class Options:
 
     box_threshold: float = 0.25
     text_threshold: float = 0.25
+    min_confidence: float = 0.0
     nms_threshold: float = 0.6
     prompting: str = "separate"
     share_boxes: bool = False
@@ -68,7 +75,7 @@ class Options:
     masks: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("box_threshold", "text_threshold", "nms_threshold"):
+        for name in ("box_threshold", "text_threshold", "min_confidence", "nms_threshold"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise InputError(f"{name}={value!r} is outside [0, 1]: give a fraction such as 0.25")
@@ -102,6 +109,7 @@ class DetGPT:
         `detgpt.detectors.grounding_dino`.
     coordinates: what the numbers in a reasoner's own boxes mean, with `detector="reasoner"`; see
         `detgpt.detectors.reasoner`.
+    calibration: makes confidences and scores into probabilities (`detgpt.calibration`); None leaves them as they are.
     loading: goes to the reasoner's backend: `prompt`, quantization, device_map, revision, … of
         `detgpt.reasoners.huggingface.HuggingFaceReasoner`; with `base_url` the reasoner is a model that a server runs,
         and these are those of `detgpt.reasoners.openai.OpenAIReasoner`.
@@ -120,6 +128,7 @@ class DetGPT:
         precision: str | None = None,
         runtime: str | None = None,
         coordinates: str | None = None,
+        calibration: Calibration | None = None,
         options: Options | None = None,
         **loading: Any,
     ):
@@ -129,6 +138,7 @@ class DetGPT:
         if coordinates and not own:
             raise InputError(f"coordinates={coordinates!r} is for detector='reasoner': leave it out with {detector}")
         self.options = options or Options()
+        self.calibration = calibration or Calibration()
         self.segmenter = load_segmenter(segmenter, now=self.options.masks, device=device)
         settings: dict[str, Any] = {"device": device, "dtype": dtype, "precision": precision, "runtime": runtime}
         loaded = None if own else load_detector(detector, **settings)
@@ -142,17 +152,27 @@ class DetGPT:
         *,
         device: str | None = None,
         dtype: str | None = None,
+        calibration: Calibration | str | Path | None = AUTO,
         **loading: Any,
     ) -> DetGPT:
         """Load a pair by name (`detgpt models` lists them) or from a folder that holds `detgpt.json`.
 
+        calibration: "auto", the one that lies beside the pair, if any; None, which leaves confidences and scores as
+            the models give them; or a file that `detgpt calibrate` has written for these weights.
         `loading`: other arguments of `DetGPT`; what is given here goes before what the pair's `detgpt.json` says.
-        Raises `ModelError` where there is no such pair or its parts do not load.
+        Raises `ModelError` where there is no such pair or its parts do not load, or its calibration does not fit it.
         """
         pair = resolve(model)
         options = Options().updated(dict(pair.options))
         loading = {**pair.loading, **loading}
+        loading["calibration"] = load_calibration(calibration, replace(pair, base_url=loading.get("base_url")))
         return cls(pair.reasoner, pair.detector, device=device, dtype=dtype, options=options, **loading)
+
+    def uncalibrated(self) -> DetGPT:
+        """The same model, loaded once, whose confidences and scores are as its parts give them."""
+        other = copy.copy(self)
+        other.calibration = Calibration()
+        return other
 
     def __repr__(self) -> str:
         return f"DetGPT(reasoner={self.reasoner.name!r}, detector={self.detector.name!r})"
@@ -229,15 +249,37 @@ class DetGPT:
                     parsed[i] = replace(answer, reasoning=answer.reasoning or parsed[i].reasoning)
                     raws[i] = raw
         images, instructions = [r.image for r in requests if r.image], [r.instruction for r in requests]
+        unsure = [self._unsure(answer, raw, options) for answer, raw in zip(parsed, raws, strict=True)]
+        parsed = [answer.without([t.name for t in left_out]) for answer, left_out in zip(parsed, unsure, strict=True)]
         while True:
             try:
-                return self._ground(images, instructions, parsed, raws, options)
+                results = self._ground(images, instructions, parsed, raws, options)
+                return [
+                    replace(result, unsure=left) if left else result
+                    for result, left in zip(results, unsure, strict=True)
+                ]
             except UnreadableNameError as error:
                 # The reasoner's mistake, not the caller's: look for its other names. Detectors read names first.
-                readable = [answer.without(error.name, str(error)) for answer in parsed]
+                readable = [answer.without([error.name], str(error)) for answer in parsed]
                 if readable == parsed:
                     raise
                 parsed = readable
+
+    def _unsure(self, answer: ParsedAnswer, raw: RawAnswer, options: Options) -> tuple[Target, ...]:
+        """The targets of an answer that are less sure than `options.min_confidence`."""
+        if not options.min_confidence:
+            return ()
+        unsure = []
+        for name, span in zip(answer.names, answer.spans, strict=True):
+            confidence = self.calibration.of_target(name_confidence(raw, span))
+            if confidence is None:
+                raise InputError(
+                    f"min_confidence={options.min_confidence!r} needs to know how sure the reasoner is, but "
+                    f"{self.reasoner.name!r} gives no token probabilities: leave it out"
+                )
+            if confidence < options.min_confidence:
+                unsure.append(Target(name, confidence))
+        return tuple(unsure)
 
     def _ground(
         self,
@@ -259,7 +301,10 @@ class DetGPT:
             self.segmenter.segment(image, grounding.boxes) if options.masks else None
             for image, grounding in zip(images, found, strict=True)
         ]
-        return [_result(*parts) for parts in zip(images, instructions, answers, raws, found, masks, strict=True)]
+        return [
+            _result(self.calibration, *parts)
+            for parts in zip(images, instructions, answers, raws, found, masks, strict=True)
+        ]
 
 
 class Chat:
@@ -309,6 +354,7 @@ def tidy(grounding: Grounding, options: Options) -> Grounding:
 
 
 def _result(
+    calibration: Calibration,
     image: Image.Image,
     instruction: str | None,
     answer: ParsedAnswer,
@@ -318,12 +364,12 @@ def _result(
 ) -> Detections:
     boxed = set(found.name_index.tolist())
     targets = tuple(
-        Target(name, name_confidence(raw, span), found=i in boxed)
+        Target(name, calibration.of_target(name_confidence(raw, span)), found=i in boxed)
         for i, (name, span) in enumerate(zip(answer.names, answer.spans, strict=True))
     )
     return Detections(
         boxes=found.boxes,
-        scores=found.scores,
+        scores=calibration.of_boxes(found.scores),
         labels=tuple(answer.names[i] for i in found.name_index),
         targets=targets,
         reasoning=answer.reasoning,

@@ -30,7 +30,8 @@ class Target:
     """One thing the reasoner asked for.
 
     name: as the reasoner wrote it.
-    confidence: the reasoner's, in [0, 1]; None where it gives no token probabilities.
+    confidence: how sure the reasoner is of it, in [0, 1]; of a calibrated model the probability that it is right.
+        None where the reasoner gives no token probabilities, and for names that the caller gave.
     found: whether the detector boxed it.
     """
 
@@ -44,7 +45,7 @@ class Detections:
     """Boxes for an instruction, and the reasoning behind them.
 
     boxes: (N, 4) float32, xyxy in pixels of the original image.
-    scores: (N,) float32 in [0, 1], the detector's.
+    scores: (N,) float32 in [0, 1], the detector's; of a calibrated model the probability that the box is right.
     labels: N target names, one per box.
     targets: what the reasoner asked for, found or not; empty when nothing fits.
     reasoning, answer: what the reasoner said, and its whole raw text.
@@ -53,6 +54,7 @@ class Detections:
     image: the RGB image the boxes refer to; no part of equality or of JSON.
     image_wh: its width and height; taken from `image` where that is given.
     masks: (N, H, W) bool, the pixels of each box's thing; None where they were not asked for.
+    unsure: what the reasoner named but is less sure of than `min_confidence` asks; it was not looked for.
 
     The arrays are read-only copies. `len()` counts boxes, so an empty result is false;
     iterating gives `(box, score, label)`. Raises InputError where the parts do not fit together.
@@ -69,6 +71,7 @@ class Detections:
     image: Image.Image | None = None
     image_wh: tuple[int, int] = (0, 0)
     masks: np.ndarray | None = None
+    unsure: tuple[Target, ...] = ()
 
     def __post_init__(self) -> None:
         normal: dict[str, Any] = {
@@ -76,6 +79,7 @@ class Detections:
             "scores": _read_only(self.scores, "scores"),
             "labels": tuple(self.labels),
             "targets": tuple(self.targets),
+            "unsure": tuple(self.unsure),
             "image_wh": _image_wh(self.image, self.image_wh),
         }
         for name, value in normal.items():
@@ -128,7 +132,7 @@ class Detections:
 
     def _without_arrays(self) -> tuple[object, ...]:
         said = self.reasoning, self.answer, self.problem, self.instruction
-        return self.labels, self.targets, said, self.image_wh
+        return self.labels, self.targets, self.unsure, said, self.image_wh
 
     def __repr__(self) -> str:
         tallies = Counter(self.labels)
@@ -222,7 +226,8 @@ class Detections:
         return {
             "instruction": self.instruction,
             "reasoning": self.reasoning,
-            "targets": [{**asdict(target), "confidence": _rounded(target.confidence)} for target in self.targets],
+            "targets": list(map(_target_to_dict, self.targets)),
+            "unsure": list(map(_target_to_dict, self.unsure)),
             "detections": [
                 {
                     "label": label,
@@ -250,6 +255,7 @@ class Detections:
                 scores=np.array([row["score"] for row in found], dtype=np.float32),
                 labels=tuple(row["label"] for row in found),
                 targets=tuple(Target(**target) for target in data["targets"]),
+                unsure=tuple(Target(**target) for target in data.get("unsure", ())),
                 reasoning=data["reasoning"],
                 answer=data["answer"],
                 problem=data["problem"],
@@ -393,6 +399,10 @@ def _pixel_range(low: float, high: float, size: int) -> tuple[int, int]:
     """The whole pixels within [0, size) that [low, high] touches, at least one."""
     start = min(max(floor(low), 0), size - 1)
     return start, max(min(ceil(high), size), start + 1)
+
+
+def _target_to_dict(target: Target) -> dict[str, Any]:
+    return {**asdict(target), "confidence": _rounded(target.confidence)}
 
 
 def _rounded(probability: float | None) -> float | None:

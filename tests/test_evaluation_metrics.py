@@ -17,7 +17,6 @@ from detgpt.evaluation.data import ImageTruth
 from detgpt.evaluation.metrics import (
     average_precision,
     box_metrics,
-    expected_calibration_error,
     matthews_correlation,
     name_metrics,
     outside_ignored,
@@ -70,22 +69,6 @@ def test_where_nothing_is_named_or_wanted_the_shares_are_undefined():
     metrics = name_metrics([[]], [[]], [["cup"]])
     assert [metrics[key] for key in ("f1", "precision", "recall", "hallucination")] == [UNDEFINED] * 4
     assert name_metrics([["cup"]], [["cup"]], [["cup"]])["rejection"] is UNDEFINED
-
-
-@pytest.mark.parametrize(
-    ("confidences", "correct", "error"),
-    [
-        ([], [], UNDEFINED),
-        ([1.0, 1.0], [True, True], 0.0),
-        ([0.9, 0.9], [True, False], 0.4),
-        ([0.1, 0.95], [True, False], (0.9 + 0.95) / 2),  # two bins, equally full
-        ([1.0, 0.95], [False, True], 0.475),  # certainty is of the last bin
-        ([0.62, 0.68], [True, False], 0.15),  # one bin: mean confidence 0.65, accuracy 0.5
-        ([0.0, 0.6, 0.6, 0.6], [False, True, True, False], 3 / 4 * (2 / 3 - 0.6)),
-    ],
-)
-def test_calibration_error(confidences: list[float], correct: list[bool], error: float | None):
-    assert expected_calibration_error(confidences, correct) == (error if error is None else pytest.approx(error))
 
 
 # --- boxes ---

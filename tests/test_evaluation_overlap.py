@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from detgpt.errors import InputError
-from detgpt.evaluation.metrics import average_precision, expected_calibration_error
+from detgpt.evaluation.calibration import expected_calibration_error
+from detgpt.evaluation.metrics import average_precision
 from detgpt.evaluation.outlines import Outline, Outlines, checked_segmentation
 from detgpt.evaluation.overlap import Overlap, box_overlap, mask_overlap, overlap_metrics
 from detgpt.results import Detections, Target

@@ -11,7 +11,7 @@ from test_finetune_stages import as_killed_after, recipe, same_weights, text_mod
 from transformers import AutoTokenizer
 
 from detgpt.errors import InputError, ModelError
-from detgpt.evaluation.metrics import expected_calibration_error
+from detgpt.evaluation.calibration import expected_calibration_error
 from detgpt.reasoners import Request
 from detgpt.reasoners.huggingface import HuggingFaceReasoner
 from finetune.batching import collator

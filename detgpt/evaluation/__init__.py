@@ -19,18 +19,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from detgpt.boxes import nms_per_target
 from detgpt.errors import InputError
+from detgpt.evaluation.calibration import expected_calibration_error
 from detgpt.evaluation.data import Dataset, ImageTruth, Record, truth_by_image
+from detgpt.evaluation.judging import judged_targets
 from detgpt.evaluation.metrics import (
     EXTRA,
     average_precision,
     box_metrics,
-    expected_calibration_error,
     load_extra,
     name_metrics,
     outside_ignored,
 )
 from detgpt.evaluation.overlap import Overlap, box_overlap, mask_overlap, overlap_metrics
 from detgpt.evaluation.readers import read_dataset
+from detgpt.evaluation.tables import NO_NUMBER, markdown, percent
 from detgpt.images import load_image
 from detgpt.results import Detections, Target
 from detgpt.tiles import in_tiles
@@ -143,9 +145,7 @@ COLUMNS = {
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A Markdown table of `cells`."""
-    heads, *rows = cells(results)
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *([row[0].replace("|", "\\|"), *row[1:]] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(cells(results))
 
 
 def cells(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
@@ -158,9 +158,6 @@ def cells(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     return [["split", *columns], *map(list, zip(results, *columns.values(), strict=True))]
 
 
-NO_NUMBER = "–"
-
-
 def _cell(result: Mapping[str, Any], path: tuple[str, ...]) -> str:
     value: Any = result
     for key in path:
@@ -169,23 +166,18 @@ def _cell(result: Mapping[str, Any], path: tuple[str, ...]) -> str:
         return NO_NUMBER
     if isinstance(value, int):
         return str(value)
-    return f"{value if path[-1] == 'cgf1' else 100 * value:.1f}"
+    return percent(value / 100 if path[-1] == "cgf1" else value)
 
 
 def _reasoner_metrics(results: Sequence[Detections], records: Sequence[Record]) -> dict[str, Any]:
     everyone = list(zip(results, records, strict=True))
     named = [(result, record) for result, record in everyone if record.named]
-    judged = [
-        (target.confidence, _is_right(target.name, record))
-        for result, record in named
-        for target in result.targets
-        if target.confidence is not None
-    ]
+    confidences, correct, _ = judged_targets(zip(records, results, strict=True))
     without_names = {key: value for key, value in _name_metrics(everyone).items() if key in NEED_NO_NAMES}
     return {
         **_name_metrics(named),
         **without_names,
-        "ece": expected_calibration_error([c for c, _ in judged], [right for _, right in judged]),
+        "ece": expected_calibration_error(confidences, correct),
         "by_kind": {
             kind: {"n": len(rows), "f1": _name_metrics([everyone[i] for i in rows if records[i].named])["f1"]}
             for kind, rows in _kinds(records).items()
@@ -207,10 +199,6 @@ def _name_metrics(pairs: Sequence[tuple[Detections, Record]]) -> dict[str, float
 def _said(result: Detections, record: Record) -> list[str] | None:
     unread = result.problem is not None and not result.targets
     return None if unread else [record.canonical(target.name) for target in result.targets]
-
-
-def _is_right(name: str, record: Record) -> bool:
-    return record.canonical(name).casefold() in {target.casefold() for target in record.targets}
 
 
 def _end_to_end_metrics(results: Sequence[Detections], records: Sequence[Record]) -> dict[str, Any]:

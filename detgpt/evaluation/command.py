@@ -11,8 +11,10 @@ import typer
 
 from detgpt import terminal
 from detgpt.errors import InputError
-from detgpt.evaluation import comparing, evaluate, table
+from detgpt.evaluation import comparing, evaluate, table, trust
 from detgpt.evaluation.building import Plan, build
+from detgpt.evaluation.diagrams import FIGURE
+from detgpt.evaluation.metrics import load_extra
 from detgpt.evaluation.readers import FORMATS, read_dataset
 from detgpt.evaluation.samples import Samples
 from detgpt.flags import Choice
@@ -41,6 +43,10 @@ def eval_command(
     worst: Annotated[int, typer.Option(min=0, help="Cases to draw of each run.")] = 24,
     tiles: Annotated[int | None, typer.Option(help="Look at so many parts along a side too.")] = None,
     masks: Annotated[bool, typer.Option("--masks", help="Also measure outlines, by SAM 2.")] = False,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Judge confidences and scores instead; numbers and diagrams go into this folder."),
+    ] = None,
     abilities: Annotated[
         bool, typer.Option("--abilities", help="DATA are questions to the reasoners alone, or tasks of a harness.")
     ] = False,
@@ -56,12 +62,15 @@ def eval_command(
 
     detgpt eval "refcoco/refs(unc).p" --split testA --images train2014/ -m base
 
+    detgpt eval finetune/picto/splits/* --calibration trust/
+
     detgpt eval --abilities abilities/ -m before/ -m after/
     """
     with terminal.reporting(debug):
         if abilities:
             for_wishes = {"format": format, "annotations": annotations, "images": images, "split": split}
-            _refuse(**for_wishes, report=report, tiles=tiles, masks=masks or None)
+            about_boxes = {"report": report, "tiles": tiles, "masks": masks, "calibration": calibration}
+            _refuse("--abilities asks questions and finds nothing", **for_wishes, **about_boxes)
             loading = {"device": device, "dtype": dtype}
             compared = comparing.compare(data, model or ["picto"], limit, batch_size, loading, debug)
             typer.echo(compared.table())
@@ -75,17 +84,34 @@ def eval_command(
         for note in (note for dataset in datasets.values() for note in dataset.notes):
             terminal.note(note)
         settings = {"masks": masks} if tiles is None else {"masks": masks, "tiles": tiles}
+        if calibration:
+            others = {"output": output, "samples": samples, "report": report, "masks": masks}
+            _refuse("--calibration judges confidences and scores alone", **others)
+            load_extra(FIGURE)
         results: dict[str, dict[str, Any]] = {}
+        claimed: dict[str, trust.Claims] = {}
         runs: list[Samples] = []
         for name in model or ["picto"]:
             loaded = Choice(model=name, device=device, dtype=dtype, debug=debug).load(settings)
+            judged = loaded.uncalibrated() if calibration else loaded
             for path, dataset in datasets.items():
                 title = f"{name} · {_title(path, data, split)}"
                 runs.append(Samples(title))
                 with terminal.progress(title) as progress:
                     results[title] = evaluate(
-                        loaded, dataset, progress=progress, batch_size=batch_size, each=runs[-1].add
+                        judged,
+                        dataset,
+                        progress=progress,
+                        batch_size=batch_size,
+                        each=runs[-1].add,
+                        detector_alone=not calibration,
                     )
+                claimed[title] = trust.claims(runs[-1], loaded.calibration)
+        if calibration:
+            typer.echo(trust.table(trust.numbers(claimed)))
+            for path in trust.write(claimed, calibration):
+                terminal.note(f"wrote {path}")
+            return
         typer.echo(table(results))
         if output:
             _write(output, json.dumps(results, indent=2) + "\n")
@@ -135,10 +161,10 @@ def bench_build_command(
         terminal.print_json(about["counts"])
 
 
-def _refuse(**options: Any) -> None:
-    """Raise `InputError` for options that are about wishes."""
-    if given := [f"--{name}" for name, value in options.items() if value is not None]:
-        raise InputError(f"--abilities asks questions and finds nothing: leave {', '.join(given)} out")
+def _refuse(because: str, **options: Any) -> None:
+    """Raise `InputError` for options that do not go together with what was asked for."""
+    if given := [f"--{name}" for name, value in options.items() if value is not None and value is not False]:
+        raise InputError(f"{because}: leave {', '.join(given)} out")
 
 
 def _title(path: Path, data: list[Path], split: str | None) -> str:

@@ -20,6 +20,7 @@ from detgpt.evaluation.abilities import (
     load_answering,
     read_abilities,
 )
+from detgpt.evaluation.tables import markdown
 
 
 @dataclass
@@ -32,13 +33,12 @@ class Comparison:
     def table(self) -> str:
         """Markdown: an ability a row, a model a column; percent, with the interval. The mean weighs abilities alike."""
         first, *_ = columns = list(self.results.values())
-        rows = [["ability", "n", *self.results], ["---", *["---:"] * (len(columns) + 1)]]
+        rows = [["ability", "n", *self.results]]
         for ability, result in first.items():
             rows.append([ability, str(result.n), *(_cell(column[ability]) for column in columns)])
         means = (sum(result.value for result in column.values()) / len(column) for column in columns)
         rows.append(["mean", "", *(f"{100 * mean:.1f}" for mean in means)])
-        escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
-        return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
+        return markdown(rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, safe for JSON."""

@@ -19,6 +19,7 @@ import numpy as np
 
 from detgpt.boxes import intersections, iou_matrix
 from detgpt.errors import MissingExtraError
+from detgpt.evaluation.calibration import expected_calibration_error
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 MATCHING, COCO, COCO_EVAL = EXTRA = "scipy.optimize", "pycocotools.coco", "pycocotools.cocoeval"
@@ -98,24 +99,6 @@ def name_metrics(
         "hallucination": _share(sum(len(s - v) for s, v in zip(said, visible, strict=True)), n_said),
         "parse_failure": _share(read.count(False), len(read)),
     }
-
-
-def expected_calibration_error(confidences: Sequence[float], correct: Sequence[bool], bins: int = 10) -> float | None:
-    """Mean distance of confidence and accuracy over `bins` equal bins of [0, 1], weighted by their counts."""
-    if not confidences:
-        return None
-    _, confidence, hit = calibration_bins(confidences, correct, bins)
-    return float(np.abs(confidence - hit).sum() / len(confidences))
-
-
-def calibration_bins(
-    confidences: Sequence[float], correct: Sequence[bool], bins: int = 10
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(counts, sums of confidence, numbers of correct ones), each (bins,), over equal bins of [0, 1]."""
-    confidence, hit = np.asarray(confidences, np.float64), np.asarray(correct, np.float64)
-    index = np.minimum((confidence * bins).astype(int), bins - 1)
-    counts, confidence_sums, hits = (np.bincount(index, weights, bins) for weights in (None, confidence, hit))
-    return counts, confidence_sums, hits
 
 
 def box_metrics(predicted: Sequence[Scored], true: Sequence[Labelled]) -> dict[str, float | None]:

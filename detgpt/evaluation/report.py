@@ -12,7 +12,8 @@ from typing import Any
 from PIL import Image
 
 from detgpt.evaluation import cells
-from detgpt.evaluation.metrics import calibration_bins, match, outside_ignored
+from detgpt.evaluation.calibration import calibration_bins
+from detgpt.evaluation.metrics import match, outside_ignored
 from detgpt.evaluation.page import counted, drawn, figure, page, shortened, table
 from detgpt.evaluation.samples import Sample, Samples
 from detgpt.images import load_image

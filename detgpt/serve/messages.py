@@ -168,6 +168,7 @@ class Answer(BaseModel):
     instruction: str | None
     reasoning: str
     targets: list[Target]
+    unsure: list[Target] = Field([], description="named, but less sure than min_confidence asks, so not looked for")
     detections: list[Detection]
     image_wh: tuple[int, int]
     problem: str | None = Field(description="what was wrong with the model's answer, null when nothing was")

@@ -1,11 +1,13 @@
 """The evaluation splits of the built-in model: small pictures and wishes that training never saw.
 
     python -m finetune.picto.splits finetune/picto/splits
+    python -m finetune.picto.splits build/picto --only calibration --scenes 700
 
     seen          new scenes, ways of saying it that training used
     paraphrases   new scenes, held-out ways of saying it
     needs         new scenes, held-out needs: new combinations of known attributes
     style         new scenes in a drawing style that training never showed
+    calibration   like seen, for fitting `weights/picto/calibration.json`; it evaluates nothing and is not kept here
 
 The format is that of `detgpt eval`. Scenes come from seeds of their own.
 """
@@ -44,6 +46,7 @@ SPLITS = {
     "needs": Split(1003, kinds=("held_out_need",)),
     "style": Split(1004, styles=(sprites.HELD_OUT_STYLE,)),
 }
+FITTING = {"calibration": Split(1005)}
 
 
 def draw_wish(split: Split, sampler: WishSampler, rng: np.random.Generator, scene: Scene) -> Wish:
@@ -83,9 +86,13 @@ def write_split(split: Split, folder: Path, scenes: int) -> None:
 def main(
     folder: Annotated[Path, typer.Argument(help="Where the splits go.")] = FOLDER,
     scenes: Annotated[int, typer.Option(help="Scenes a split, three wishes each.")] = 120,
+    only: Annotated[str | None, typer.Option(help="The one to write, such as calibration.")] = None,
 ) -> None:
-    """Write the four splits."""
-    for name, split in SPLITS.items():
+    """Write the four splits, or one."""
+    known = {**SPLITS, **FITTING}
+    if only and only not in known:
+        raise typer.BadParameter(f"there is no split {only!r}: choose one of {', '.join(known)}")
+    for name, split in {only: known[only]}.items() if only else SPLITS.items():
         write_split(split, folder / name, scenes)
 
 

@@ -30,7 +30,7 @@ from torch.nn.functional import logsigmoid
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from detgpt.errors import InputError
-from detgpt.evaluation.metrics import expected_calibration_error
+from detgpt.evaluation.calibration import expected_calibration_error
 from detgpt.reasoners.chat import is_bare
 from finetune.batching import Batch
 from finetune.callbacks import DetectionSettings

@@ -143,7 +143,7 @@ class Lookout:
 
 
 def _said(result: Detections) -> dict[str, Any]:
-    return {name: getattr(result, name) for name in ("reasoning", "answer", "problem", "instruction")}
+    return {name: getattr(result, name) for name in ("reasoning", "answer", "problem", "instruction", "unsure")}
 
 
 def _nothing(image: Image.Image) -> Detections:
