@@ -8,10 +8,10 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from detgpt.evaluation.calibration import calibration_bins
 from matplotlib.figure import Figure
 
 from detgpt import terminal
+from detgpt.evaluation.calibration import calibration_bins
 
 FORMATS = ("png", "svg")
 SIZE = 3.4, 3.4  # inches, of a panel

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from detgpt.evaluation.calibration import summary
 
 from detgpt.errors import InputError
+from detgpt.evaluation.calibration import summary
 from finetune.batching import IGNORED
 from finetune.distill import plot
 from finetune.distill.cache import Cache, Header

@@ -92,7 +92,8 @@ def run(config: Config) -> None:
     cache = Cache(config.cache) if config.cache is not None else None
 
     def prepare(model: Any, processor: Any, paths: Paths) -> Dataset:
-        records, how = load_records(paths), {"bare": is_bare(model.config), "max_length": config.max_length}
+        records = load_records(paths)
+        how: dict[str, Any] = {"bare": is_bare(model.config), "max_length": config.max_length}
         if cache is None or paths != config.train:
             return records.with_transform(RecordEncoder(processor, **how))
         cache.check(getattr(processor, "tokenizer", processor), paths, k=config.k, teacher=config.teacher)
@@ -188,9 +189,7 @@ def _from_model(teacher: Any, inputs: Mapping[str, Any], _: torch.Tensor | None,
         theirs = teacher(**inputs).logits[:, :-1][learned]
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
-        shared = min(
-            logits.shape[-1], theirs.shape[-1]
-        )  # checkpoints of a family round their vocabulary up differently
+        shared = min(logits.shape[-1], theirs.shape[-1])  # a family's checkpoints round their vocabularies up
         return dense_kl(logits[:, :shared], theirs[:, :shared])
 
     return loss
