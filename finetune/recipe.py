@@ -38,6 +38,8 @@ STAGES = {
     "hma": "finetune.averaging.hma",
     "distill": "finetune.distill.student",
     "distill.cache": "finetune.distill.teacher",
+    "distill.student": "finetune.distill.fresh",
+    "first": "finetune.distill.study",
     "pareto": "finetune.averaging.pareto",
     "compare": "finetune.preference.compare",
     **{name: f"finetune.preference.{name}" for name in ("reward", "dpo", "iterative_dpo", "raft", "grpo", "rloo")},

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from detgpt.errors import InputError
 from detgpt.evaluation.calibration import summary
+from detgpt.evaluation.diagrams import reliability, save_figure
+from detgpt.evaluation.judging import Judged
+from detgpt.evaluation.trust import CALIBRATED, RAW
 from finetune.batching import IGNORED
-from finetune.distill import plot
 from finetune.distill.cache import Cache, Header
 from finetune.distill.sparse import Kept
 from finetune.distill.trust import (
@@ -93,17 +96,15 @@ def true_tokens(cache: Cache, records: Any, encoder: RecordEncoder) -> torch.Ten
     return torch.cat(tokens)
 
 
-def report(folder: Path, found: Recalibration, cache: Cache, labels: torch.Tensor) -> dict[str, Any]:
+def report(folder: Path, found: Recalibration, cache: Cache, labels: torch.Tensor) -> None:
     """Write recalibration.json and a reliability diagram of the teacher's first choices, before and after."""
     kept = cache.kept(torch.arange(cache.header.rows))
     numbers: dict[str, Any] = {"way": found.way, "strength": found.strength}
-    curves = {}
-    for name, way in (("before", recalibration(cache.header, None)), ("after", found)):
+    stages = {}
+    for stage, way in ((RAW, recalibration(cache.header, None)), (CALIBRATED, found)):
         target = way(kept)
-        curves[name] = first_choices(target, labels)
-        loss = float(likelihood_loss(target, labels).mean())
-        numbers[name] = {**summary(*curves[name]), "nll_of_true_tokens": loss}
+        confidence, right = first_choices(target, labels)
+        stages[stage] = Judged(confidence, right, np.zeros(len(right), np.int64))
+        numbers[stage] = {**summary(confidence, right), "true_nll": float(likelihood_loss(target, labels).mean())}
     write_json(folder / f"{FILE}.json", numbers)
-    titles = {name: f"{name} (ECE {numbers[name]['ece_10']:.3f})" for name in curves}
-    plot.reliability(folder / FILE, {titles[name]: curve for name, curve in curves.items()})
-    return numbers
+    save_figure(reliability({cache.header.teacher: {"tokens": stages}}), folder / FILE)

@@ -238,11 +238,14 @@ def mixed(
 
 
 def _scaled(trainer: Trainer) -> dict[str, float]:
-    """Fit the trained model's temperature on the validation set, and write it into its weights."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
     dataset: Any = trainer.eval_dataset
     loader = DataLoader(dataset, batch_size=trainer.args.eval_batch_size, collate_fn=trainer.data_collator)
-    logits, labels = answered_logits(model, loader)
+    return scale(trainer.accelerator.unwrap_model(trainer.model), loader)
+
+
+def scale(model: Any, batches: Any) -> dict[str, float]:
+    """Write into the model's weights the temperature at which the true tokens of `batches` are likeliest."""
+    logits, labels = answered_logits(model, batches)
     temperature = fit(lambda t: temperature_loss(logits, labels, t), TEMPERATURE_RANGE)
     temper(model, temperature)
     before, after = (float(temperature_loss(logits, labels, t).mean()) for t in (1.0, temperature))

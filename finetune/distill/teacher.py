@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from detgpt import terminal
 from detgpt.errors import InputError
+from detgpt.evaluation.diagrams import save_figure
 from detgpt.reasoners.chat import is_bare
 from finetune import rundir
 from finetune.batching import IGNORED, collator
@@ -173,7 +174,7 @@ def _finish(config: Config, header: Header, records: int, seconds: float) -> Non
     found = concentration.summary(sums, header.rows)
     rundir.write_json(config.output / f"{CONCENTRATION}.json", found)
     title = f"{header.teacher}, {header.rows:,} tokens"
-    plot.concentration(config.output / CONCENTRATION, found, concentration.ENOUGH, title)
+    save_figure(plot.concentration(found, concentration.ENOUGH, title), config.output / CONCENTRATION)
     write_header(config.output, header)
     size = sum((config.output / SHARDS / shard.file).stat().st_size for shard in shards)
     metrics = {"records": records, "tokens": header.rows, "bytes_per_token": size / header.rows, "seconds": seconds}
