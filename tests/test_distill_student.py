@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import chatml, tokenizer
+from families import FAMILIES, chatml, tokenizer
+from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -22,6 +23,7 @@ from finetune.distill.student import answered_logits
 from finetune.distill.temper import temper
 from finetune.encoding import RecordEncoder
 from finetune.loading import Checkpoint, load
+from finetune.recipe import run_recipe
 
 SPLIT = Path(__file__).parents[1] / "finetune/picto/splits/seen"
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -62,7 +64,7 @@ def taught(place: Path, output: Path, *, steps: int = 12, trainer=None, **settin
     values = {"model": str(place / "fresh"), "detector": "picto", "train": place / "train", "dtype": "float32"}
     values |= {
         "language": "full",
-        "trainer": {**TRAINER, "report_to": [], "max_steps": steps, "save_steps": steps, **(trainer or {})},
+        "trainer": {**TRAINER, "max_steps": steps, "save_steps": steps, **(trainer or {})},
     }
     student.run(student.Config.model_validate({**values, "output": output, **settings}))
     state = json.loads((output / f"checkpoints/checkpoint-{steps}/trainer_state.json").read_text())
@@ -260,3 +262,35 @@ def test_a_finished_run_stays_and_an_interrupted_one_goes_on_to_the_same_weights
     (again / "run.json").write_text(json.dumps({**described, "finished": None}))
     taught(place, again, steps=4, **settings)
     assert same(again, tmp_path / "run")
+
+
+def test_the_recipe_for_photographs_runs_on_tiny_models_of_its_family(tmp_path):
+    """From a larger model of the family to a smaller one, pictures included."""
+    for name in ("large", "small"):
+        FAMILIES["Qwen3-VL"](tmp_path / name)
+    record = {"image": "1.png", "instruction": "I am thirsty", "targets": ["cup"]}
+    for name in ("train", "held-out"):
+        (tmp_path / name).mkdir()
+        Image.effect_noise((48, 32), 80).convert("RGB").save(tmp_path / name / "1.png")
+        (tmp_path / name / "data.jsonl").write_text("\n".join([json.dumps(record)] * 4))
+    run_recipe(
+        "distill-qwen3-vl",
+        [
+            f"teacher.model={tmp_path / 'large'}",
+            f"teacher.train={tmp_path / 'train'}",
+            f"teacher.output={tmp_path / 'teacher'}",
+            f"held-out.model={tmp_path / 'large'}",
+            f"held-out.train={tmp_path / 'held-out'}",
+            f"held-out.output={tmp_path / 'teacher-held-out'}",
+            f"student.model={tmp_path / 'small'}",
+            f"student.train={tmp_path / 'train'}",
+            f"student.validation={tmp_path / 'held-out'}",
+            f"student.cache={tmp_path / 'teacher'}",
+            f"student.validation_cache={tmp_path / 'teacher-held-out'}",
+            f"student.output={tmp_path / 'student'}",
+            "student.trainer.max_steps=2",
+        ],
+    )
+    run = json.loads((tmp_path / "student/run.json").read_text())
+    assert run["finished"] and run["metrics"]["step"] == 2
+    assert (tmp_path / "student/adapter").is_dir() and (tmp_path / "student/recalibration.json").is_file()

@@ -29,7 +29,7 @@ from detgpt.errors import InputError
 from detgpt.evaluation.diagrams import save_figure
 from detgpt.reasoners.chat import is_bare
 from finetune import rundir
-from finetune.batching import IGNORED, collator
+from finetune.batching import IGNORED, Batch, collator
 from finetune.data.records import fingerprint, load_records
 from finetune.distill import concentration, plot
 from finetune.distill.cache import SHARDS, WIDE, Header, Shard, digest, mapped, shard_file, write_header, write_shard
@@ -154,11 +154,12 @@ def _write_shards(config: Config, teacher: Teacher, records: Dataset, state: Par
                 for place, *row in teacher.read(part, chance):
                     found[place] = row
                     move(done * config.shard_size + len(found), len(mine) * config.shard_size)
-                _write_shard(file, [found[place] for place in range(len(part))], teacher.vocabulary)
+                write_rows(file, [found[place] for place in range(len(part))], teacher.vocabulary)
     return time.perf_counter() - began
 
 
-def _write_shard(file: Path, rows: Sequence[Any], vocabulary: int) -> None:
+def write_rows(file: Path, rows: Sequence[Any], vocabulary: int) -> None:
+    """Write a shard of what `Teacher.read` gave of records, in their order."""
     labels, kept, counted = zip(*rows, strict=True)
     together = Kept(*(torch.cat(parts) for parts in zip(*kept, strict=True)))
     write_shard(file, together, labels, vocabulary, {CONCENTRATION: np.sum(counted, axis=0)})
@@ -202,33 +203,39 @@ class Local:
 
     @torch.inference_mode()
     def read(self, records: Dataset, chance: torch.Generator) -> Iterator[tuple[int, torch.Tensor, Kept, np.ndarray]]:
-        encoder = RecordEncoder(self._processor, bare=is_bare(self._model.config), max_length=self._config.max_length)
-        lengths = [sum(len(turn["content"]) for turn in talk) for talk in records["messages"]]
-        order = sorted(range(len(records)), key=lambda place: -lengths[place])  # like with like: little is padding
-        size = self._config.batch_size
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
-        loader: DataLoader = DataLoader(
-            records.with_transform(encoder),  # type: ignore[arg-type]
-            batch_sampler=batches,
-            collate_fn=collator(self._model, self._processor),
-            **self._loading,
-        )
-        for places, batch in zip(batches, loader, strict=True):
+        for batch, places in self.batches(records):
             labels = batch.pop("labels")[:, 1:]
-            logits = self._logits(batch)
             learned = labels != IGNORED
-            for place, tokens, row, here in zip(places, labels, logits, learned, strict=True):
-                mine = row[: len(here)][here.to(row.device)]  # (n, vocabulary)
+            for place, tokens, said, here in zip(places, labels, self.logits(batch), learned, strict=True):
+                mine = said[:-1][here.to(said.device)]  # (n, vocabulary)
                 parts = mine.split(max(1, NUMBERS // self.vocabulary))
                 kept = [self._kept(part, chance) for part in parts]
                 counted = sum((concentration.counted(part) for part in parts), np.zeros((2, concentration.MOST)))
                 yield place, tokens[here], Kept(*(torch.cat(column) for column in zip(*kept, strict=True))), counted
 
-    def _logits(self, batch: dict[str, Any]) -> torch.Tensor:
+    def batches(self, records: Dataset) -> Iterator[tuple[Batch, list[int]]]:
+        """Batches of `finetune.batching` and the places of their records; like with like, so that little is padding."""
+        encoder = RecordEncoder(self._processor, bare=is_bare(self._model.config), max_length=self._config.max_length)
+        lengths = [sum(len(turn["content"]) for turn in talk) for talk in records["messages"]]
+        order = sorted(range(len(records)), key=lambda place: -lengths[place])
+        size = self._config.batch_size
+        places = [order[start : start + size] for start in range(0, len(order), size)]
+        loader: DataLoader = DataLoader(
+            records.with_transform(encoder),  # type: ignore[arg-type]
+            batch_sampler=places,
+            collate_fn=collator(self._model, self._processor),
+            **self._loading,
+        )
+        return zip(loader, places, strict=True)
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """(B, longest, vocabulary)."""
         model = self._model
         inputs = {
             name: value.to(model.device, model.dtype if value.is_floating_point() else None)
             for name, value in batch.items()
+            if name != "labels"
         }
         logits: torch.Tensor = model(**inputs, use_cache=False).logits
         return logits
