@@ -168,7 +168,7 @@ def test_a_model_whose_norm_does_not_scale_its_logits_stays_as_it_was():
     model = LlamaForCausalLM(config)
     temper(model, 2.0)
     assert torch.equal(model.model.norm.weight, torch.full((16,), 0.5))
-    model.lm_head.register_forward_hook(lambda *_: 30 * torch.tanh(_[2]))  # as Gemma caps its logits
+    model.lm_head.register_forward_hook(lambda module, given, logits: torch.tanh(50 * logits))  # as Gemma caps them
     with pytest.raises(ModelError, match="not scaled by its last norm"):
         temper(model, 3.0)
     torch.testing.assert_close(model.model.norm.weight, torch.full((16,), 0.5))
@@ -228,6 +228,7 @@ def test_a_language_model_without_eyes_is_distilled_too(texts, tmp_path):
         ({"recalibrate": "temperature"}, "'recalibrate' is for a teacher's cache"),
         ({"recalibrate": "temperature", "cache": "top"}, "is fitted on records that the teacher did not learn from"),
         ({"scale_temperature": True}, "'scale_temperature' is fitted on 'validation'"),
+        ({"scale_temperature": True, "validation": ".", "language": "lora"}, "which adapters leave: leave it out"),
         (
             {"recalibrate": "smoothing", "strength": 0.1, "cache": "random"},
             "random draws stand for the teacher as it is",

@@ -48,7 +48,8 @@ def run(config: Config) -> None:
         processor.save_pretrained(place)
 
     rundir.write_folder(config.output / REASONER, write)
-    rundir.write_pair(config.output, reasoner=REASONER, detector=config.model)
+    if rundir.is_pair(config.model):
+        rundir.write_pair(config.output, reasoner=REASONER, detector=config.model)
     sizes = {"parameters": language_parameters(student), "parameters_of_teacher": language_parameters(teacher)}
     rundir.finish(config.output, sizes)
 

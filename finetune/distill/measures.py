@@ -63,6 +63,7 @@ def true_answers(model: Any, processor: Any, paths: Paths, *, batch_size: int = 
     logits, labels = answered_logits(
         model, DataLoader(records, batch_size=batch_size, collate_fn=collator(model, processor))
     )
-    sure, said = logits.float().softmax(-1).max(-1)
+    said = logits.argmax(-1)
+    sure = (-temperature_loss(logits, said, 1.0)).exp()
     numbers = summary(sure.numpy(), (said == labels).numpy())
     return {**numbers, "true_nll": float(temperature_loss(logits, labels, 1.0).mean())}

@@ -107,4 +107,4 @@ def report(folder: Path, found: Recalibration, cache: Cache, labels: torch.Tenso
         stages[stage] = Judged(confidence, right, np.zeros(len(right), np.int64))
         numbers[stage] = {**summary(confidence, right), "true_nll": float(likelihood_loss(target, labels).mean())}
     write_json(folder / f"{FILE}.json", numbers)
-    save_figure(reliability({cache.header.teacher: {"tokens": stages}}), folder / FILE)
+    save_figure(reliability({Path(cache.header.teacher).name: {"tokens": stages}}), folder / FILE)

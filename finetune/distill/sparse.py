@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+NUMBERS = 1 << 26  # of logits that are worked on at a time, where there may be many
 # The default: 1 is the distribution itself; with 2 the tail is known well enough at any other (`tail_at`).
 TEMPERATURES = (1.0, 2.0)
 

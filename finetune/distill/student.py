@@ -85,6 +85,8 @@ class Config(TalkConfig, PartsConfig):
             )
         if self.scale_temperature and self.validation is None:
             raise ValueError("'scale_temperature' is fitted on 'validation': give it")
+        if self.scale_temperature and "lora" in self.how.values():
+            raise ValueError("'scale_temperature' is written into the last norm, which adapters leave: leave it out")
         return self
 
 

@@ -34,13 +34,12 @@ from finetune.data.records import fingerprint, load_records
 from finetune.distill import concentration, plot
 from finetune.distill.cache import SHARDS, WIDE, Header, Shard, digest, mapped, shard_file, write_header, write_shard
 from finetune.distill.server import Served, ServerSettings
-from finetune.distill.sparse import TEMPERATURES, Kept, drawn, top
+from finetune.distill.sparse import NUMBERS, TEMPERATURES, Kept, drawn, top
 from finetune.encoding import RecordEncoder
 from finetune.loading import Checkpoint, load
 from finetune.recipe import StageConfig
 from finetune.stages.reasoner import Paths
 
-NUMBERS = 1 << 26  # of logits that are worked on at a time
 CONCENTRATION = "concentration"
 
 

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
+from torch.nn.functional import cross_entropy
 
-from finetune.distill.sparse import Kept, tail_at
+from finetune.distill.sparse import NUMBERS, Kept, tail_at
 
 TEMPERATURE_RANGE = (0.25, 8.0)  # in which the fit looks
 SMOOTHING_RANGE = (0.0, 0.5)
@@ -73,7 +74,9 @@ def likelihood_loss(target: Target, labels: torch.Tensor) -> torch.Tensor:
 
 def temperature_loss(logits: torch.Tensor, labels: torch.Tensor, temperature: float) -> torch.Tensor:
     """(N,): the same of softmax(logits / T), (N, V): for a model whose whole vocabulary is at hand."""
-    return torch.nn.functional.cross_entropy(logits.float() / temperature, labels, reduction="none")
+    rows = max(1, NUMBERS // logits.shape[-1])
+    parts = zip(logits.split(rows), labels.split(rows), strict=True)
+    return torch.cat([cross_entropy(part.float() / temperature, true, reduction="none") for part, true in parts])
 
 
 def fit(loss: Callable[[float], torch.Tensor], limits: tuple[float, float]) -> float:
