@@ -68,6 +68,7 @@ def studied(tmp_path_factory):
         f"study.validation={folder / 'held-out'}",
         f"study.answers={folder / 'answers'}",
         "study.wishes={seen: finetune/picto/splits/seen, style: finetune/picto/splits/style}",
+        f"study.methods={json.dumps([*METHODS])}",
         "study.limit=3",
         "study.seeds=[0, 1]",
         "study.distill.trainer.max_steps=2",
