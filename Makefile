@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint bench screenshots ros2 picto clean
+.PHONY: demo test lint bench screenshots ros2 picto calibration clean
 
 demo: $(READY)
 	$(BIN)/detgpt detect examples/kitchen.png "I am thirsty" --output out/kitchen.png
@@ -32,6 +32,13 @@ ros2:
 # Train the built-in model anew, from pictograms to weights/picto: hours, on two cores.
 picto: $(READY)
 	$(BIN)/detgpt-finetune run picto
+
+# After any change of weights/picto: fit its calibration.json anew, and the diagrams in docs/images; minutes.
+calibration: $(READY)
+	$(BIN)/python -m finetune.picto.splits build/picto --only calibration --scenes 700
+	$(BIN)/detgpt calibrate build/picto/calibration -m weights/picto
+	$(BIN)/detgpt eval $(addprefix finetune/picto/splits/,seen paraphrases needs style) --calibration build/trust
+	cp build/trust/*.png build/trust/*.svg docs/images/
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv

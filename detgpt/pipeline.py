@@ -32,7 +32,7 @@ from detgpt.models import (
     resolve,
 )
 from detgpt.reasoners import RawAnswer, Request, Turn
-from detgpt.results import Detections, Target
+from detgpt.results import Detections, Target, less_sure
 from detgpt.tiles import MAX_TILES, in_tiles
 
 if TYPE_CHECKING:
@@ -269,17 +269,13 @@ class DetGPT:
         """The targets of an answer that are less sure than `options.min_confidence`."""
         if not options.min_confidence:
             return ()
-        unsure = []
-        for name, span in zip(answer.names, answer.spans, strict=True):
-            confidence = self.calibration.of_target(name_confidence(raw, span))
-            if confidence is None:
-                raise InputError(
-                    f"min_confidence={options.min_confidence!r} needs to know how sure the reasoner is, but "
-                    f"{self.reasoner.name!r} gives no token probabilities: leave it out"
-                )
-            if confidence < options.min_confidence:
-                unsure.append(Target(name, confidence))
-        return tuple(unsure)
+        confidences = [self.calibration.of_target(name_confidence(raw, span)) for span in answer.spans]
+        if None in confidences:
+            raise InputError(
+                f"min_confidence={options.min_confidence!r} needs to know how sure the reasoner is, but "
+                f"{self.reasoner.name!r} gives no token probabilities: leave it out"
+            )
+        return less_sure(map(Target, answer.names, confidences), options.min_confidence)
 
     def _ground(
         self,

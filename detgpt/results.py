@@ -354,6 +354,11 @@ class Detections:
         return table
 
 
+def less_sure(targets: Iterable[Target], min_confidence: float) -> tuple[Target, ...]:
+    """Those of which the reasoner is known to be less sure."""
+    return tuple(t for t in targets if t.confidence is not None and t.confidence < min_confidence)
+
+
 def coco_document(found: Iterable[tuple[str, Detections]]) -> dict[str, list[dict[str, Any]]]:
     """One COCO document of many images by file name, with common categories; takes one result at a time."""
     names: list[str] = []

@@ -54,7 +54,7 @@ def print_boxes(result: Detections) -> None:
     if result.problem:
         out.print(plain(f"warning: {result.problem}", "yellow"), soft_wrap=True)
     elif not names:
-        out.print("Nothing here fits.")
+        out.print("Nothing that it is sure of." if result.unsure else "Nothing here fits.")
     if len(result):
         table = Table("target", box=None, pad_edge=False, header_style="dim")
         for heading in ("score", *["confidence"] * sure, "x0", "y0", "x1", "y1"):
@@ -64,6 +64,9 @@ def print_boxes(result: Detections) -> None:
             target = Text.assemble(("● ", colours[label]), plain(label))
             table.add_row(target, *(f"{number:.2f}" for number in numbers), *(f"{edge:.0f}" for edge in box))
         out.print(table)
+    if result.unsure:
+        left_out = ", ".join(f"{target.name} ({target.confidence:.2f})" for target in result.unsure)
+        out.print(plain(f"left out, not sure enough: {left_out}"), soft_wrap=not out.is_terminal)
     if missed := [target.name for target in result.targets if not target.found]:
         out.print(plain(f"not found in the picture: {', '.join(missed)}"), soft_wrap=not out.is_terminal)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from detgpt.calibration import CALIBRATION_FILE
 from detgpt.errors import InputError
 from detgpt.models import OWN_BOXES, PAIR_FILE, resolve
 from finetune.recipe import RECIPE_FILE, read_yaml
@@ -43,6 +44,8 @@ def export(run: Path, out: Path) -> Path:
     def write(place: Path) -> None:
         parts = {name: _part(getattr(pair, name), place / name) for name in ("reasoner", "detector")}
         write_json(place / PAIR_FILE, {**parts, **({"options": dict(pair.options)} if pair.options else {})})
+        if pair.calibration:
+            shutil.copy(pair.calibration, place / CALIBRATION_FILE)
         (place / CARD).write_text(card(out.name, described, read_yaml(run / RECIPE_FILE)), encoding="utf-8")
 
     out.parent.mkdir(parents=True, exist_ok=True)

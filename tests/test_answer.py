@@ -357,6 +357,51 @@ def test_the_confidence_of_a_name_is_the_product_over_its_tokens() -> None:
     assert name_confidence(RawAnswer(text, tokens), span) == pytest.approx(2.718281828**-0.75)
 
 
+def spans_of(text: str, *pieces: tuple[str, float]) -> tuple[TokenSpan, ...]:
+    """Tokens of a text, given piece by piece with their log-probabilities."""
+    tokens, start = [], 0
+    for piece, logprob in pieces:
+        tokens.append(TokenSpan(start, start := start + len(piece), logprob))
+    assert "".join(piece for piece, _ in pieces) == text
+    return tuple(tokens)
+
+
+def test_the_confidence_is_that_of_the_conclusion_which_the_list_repeats() -> None:
+    """What it saw counts no more, and "The" counts: it decided against "Nothing here fits"."""
+    text = 'I see a cup. The Cup fits.\nTargets: ["cup"]'
+    pieces = [
+        ("I see", -0.1),
+        (" a", -1.0),
+        (" cup", -2.0),
+        (".", -0.1),
+        (" The", -0.5),
+        (" Cup", -0.25),
+        (" fits", -0.7),
+    ]
+    tokens = spans_of(text, *pieces, (".\n", -0.3), ('Targets: ["', -0.3), ("cup", -0.125), ('"]', -0.3))
+    (span,) = parse_answer(text).spans
+    assert name_confidence(RawAnswer(text, tokens), span) == pytest.approx(2.718281828**-0.875)
+
+
+@pytest.mark.parametrize(
+    ("above", "counted"),
+    [
+        ("Both cups fit.", "cups"),
+        ("Some cup fits.", "Some cup"),
+        ("The cupboard is shut.", ""),
+        ("A teacup.", ""),
+        ("The coffee cup. A cup!", "A cup"),
+        ("", ""),
+    ],
+)
+def test_a_mention_is_a_word_with_its_article(above: str, counted: str) -> None:
+    text = f'{above}\nTargets: ["cup", "coffee cup"]'
+    place = above.rindex(counted) if counted else 0
+    tokens = (TokenSpan(place, place + len(counted), -1.0), TokenSpan(len(above) + 11, len(above) + 16, -0.5))
+    span = parse_answer(text).spans[0]
+    assert name_confidence(RawAnswer(text, tokens), span) == pytest.approx(2.718281828 ** (-1.5 if counted else -0.5))
+
+
 def test_the_confidence_is_unknown_without_token_probabilities() -> None:
     assert name_confidence(RawAnswer('Targets: ["cup"]'), (11, 14)) is None
     assert name_confidence(RawAnswer('Targets: ["cup"]', ()), (11, 14)) is None

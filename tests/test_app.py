@@ -528,7 +528,7 @@ def test_an_agent_finds_and_calls_the_tools(server: str) -> None:
     assert (detect.name, names.name) == ("detect", "detect_names")
     assert "Find the things in a picture that fulfil a wish" in detect.description
     properties = detect.inputSchema["properties"]
-    assert list(properties) == ["image", "wish", "box_threshold", "model"]
+    assert list(properties) == ["image", "wish", "box_threshold", "model", "min_confidence"]
     assert all(about["description"] for about in properties.values())
     assert detect.inputSchema["required"] == ["image", "wish"]
     assert not good.isError

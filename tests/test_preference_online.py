@@ -115,11 +115,14 @@ def test_a_run_is_rewarded_and_goes_on_where_it_was(stage, tmp_path, wishes):
         model="picto",
         detector="picto",
         train=wishes,
+        validation=wishes,
         output=tmp_path / "run",
         projector="frozen",
         language="full",
         trainer=trainer(
             max_steps=3,
+            eval_strategy="steps",
+            eval_steps=3,
             save_steps=2,
             per_device_train_batch_size=8,
             num_generations=2,
@@ -132,9 +135,11 @@ def test_a_run_is_rewarded_and_goes_on_where_it_was(stage, tmp_path, wishes):
     run_recipe(file)  # a step an epoch, each in another order
     metrics = json.loads((tmp_path / "run/run.json").read_text())["metrics"]
     assert metrics["reward"] == history(tmp_path / "run")[-1]["reward"] and metrics["kl"] != 0
+    assert metrics["eval_reward"] >= -1 and metrics["answers"] == 3 * 8  # those of the evaluation teach nothing
     copy = as_killed_after(tmp_path / "run", 2, tmp_path / "killed")
     run_recipe(file, [f"output={copy}"])
     assert same_weights(copy / "reasoner/model.safetensors", tmp_path / "run/reasoner/model.safetensors")
+    assert json.loads((copy / "run.json").read_text())["metrics"]["answers"] == 3 * 8
 
 
 def test_text_alone_is_rewarded_too(tmp_path, text_model):  # noqa: F811

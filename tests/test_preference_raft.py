@@ -86,7 +86,8 @@ def test_the_reward_rises_and_the_best_answers_are_better_than_the_first(aligned
         assert {key: found[key] for key in ("reward", "best_reward", "distinct_2")} == measured(samples)
         assert found["selected_reward"] == found["best_reward"] >= found["reward"]
         assert [len(row["answers"]) for row in samples] == [len(row["rewards"]) for row in samples] == [4] * len(UNSURE)
-    assert json.loads((run / "run.json").read_text())["metrics"]["reward"] == numbers[-1]["reward"]
+    result = json.loads((run / "run.json").read_text())["metrics"]
+    assert (result["reward"], result["answers"]) == (numbers[-1]["reward"], 3 * 4 * len(UNSURE))
 
 
 def test_every_answer_has_the_reward_of_its_own_wish(aligned, wishes):
@@ -239,6 +240,7 @@ def test_iterative_dpo_prefers_the_better_of_its_own_answers(wishes, tmp_path):
             assert worth[pair["instruction"]][pair["chosen"]] > worth[pair["instruction"]][pair["rejected"]]
         assert json.loads((place / "run.json").read_text())["metrics"]["rewards/margins"] > 0
     assert same(weights(run), weights(run / "iterations/02"))
+    assert json.loads((run / "run.json").read_text())["metrics"]["answers"] == 2 * 6 * 4
 
 
 def test_what_changes_the_first_checkpoint_is_not_done_twice():

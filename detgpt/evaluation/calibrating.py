@@ -20,7 +20,7 @@ from detgpt.errors import InputError
 from detgpt.evaluation import evaluate, trust
 from detgpt.evaluation.calibration import summary
 from detgpt.evaluation.data import Dataset
-from detgpt.evaluation.fitting import BEST, FEWEST, METHODS, cross_validated, fit
+from detgpt.evaluation.fitting import BEST, FEWEST, FOLDS, METHODS, cross_validated, enough, fit
 from detgpt.evaluation.judging import Judged, judged_boxes, judged_targets
 from detgpt.evaluation.readers import FORMATS, read_dataset
 from detgpt.evaluation.samples import Samples
@@ -43,8 +43,7 @@ def calibrate(
     """The calibration of `model` by the records of `data`, for no named weights yet.
 
     Its `fitted` has {"confidence" and "score": {"raw" and "cross-validated": `summary`}}, boxes as far as they reach
-    the model's own threshold. A half with fewer than `FEWEST` right or wrong claims gets no curve; raises `InputError`
-    where neither does.
+    the model's own threshold. A half without `enough` claims gets no curve; raises `InputError` where neither does.
     """
     samples = Samples("")
     floor = min(LEAST_SCORE, model.options.box_threshold)
@@ -66,7 +65,7 @@ def calibrate(
         (right, wrong), (right_boxes, wrong_boxes) = targets.rights_and_wrongs, boxes.rights_and_wrongs
         raise InputError(
             f"{right} right and {wrong} wrong targets, {right_boxes} right and {wrong_boxes} wrong boxes are too few "
-            f"to fit on: label more pictures, for {FEWEST} of each"
+            f"to fit on: label more, for {FEWEST} of each about {FOLDS} pictures"
         )
     return Calibration(confidence, score, fitted={"wishes": len(answered), "confidence": of_targets, "score": of_boxes})
 
@@ -75,7 +74,7 @@ def _fitted(judged: Judged, method: str, least: float = 0.0) -> tuple[Curve | No
     """The curve, None where there are too few claims, and how good those over `least` are before and after."""
     shown = judged.confidences >= least
     numbers = {trust.RAW: _rounded(judged.confidences[shown], judged.correct[shown])}
-    if min(judged.rights_and_wrongs) < FEWEST:
+    if not enough(judged):
         return None, numbers
     after = cross_validated(judged, method)
     return fit(judged, method), {**numbers, CROSS_VALIDATED: _rounded(after[shown], judged.correct[shown])}

@@ -21,25 +21,30 @@ from detgpt.evaluation.metrics import load_extra
 
 BEST = "best"
 FOLDS = 5
+ROUNDING = 1e-12  # by which blocks of the same height may differ
+GROUP = 20  # claims of like confidence that are one point of an isotonic curve; a single one would be its end
 FEWEST = 10  # right ones, and wrong ones; from fewer a curve would be made up
 
 
 def fit(judged: Judged, method: str = BEST) -> Curve:
     """The curve of `method` that makes the confidences into shares of right ones.
 
-    Raises `InputError` for an unknown method and for fewer than `FEWEST` right or wrong claims, `MissingExtraError`
-    without SciPy.
+    Raises `InputError` for an unknown method and where there is not `enough`, `MissingExtraError` without SciPy.
     """
     if method != BEST and method not in METHODS:
         raise InputError(f"method={method!r} is unknown: choose one of {', '.join([*METHODS, BEST])}")
-    right, wrong = judged.rights_and_wrongs
-    if min(right, wrong) < FEWEST:
+    if not enough(judged):
+        right, wrong = judged.rights_and_wrongs
         raise InputError(
-            f"{right} right and {wrong} wrong claims are too few to fit on: label more pictures, for {FEWEST} of each"
+            f"{right} right and {wrong} wrong claims about {len(set(judged.pictures))} pictures are too few to fit on: "
+            f"label more, for {FEWEST} of each about {FOLDS} pictures"
         )
-    if method == BEST:
-        method = min(METHODS, key=lambda name: _log_loss(cross_validated(judged, name), judged.correct))
-    return METHODS[method](judged.confidences, _smoothed(judged.correct))
+    return _fitted(judged, method)
+
+
+def enough(judged: Judged) -> bool:
+    """Whether there are `FEWEST` right and wrong claims, and pictures for every fold."""
+    return min(judged.rights_and_wrongs) >= FEWEST and len(set(judged.pictures)) >= FOLDS
 
 
 def cross_validated(judged: Judged, method: str = BEST) -> np.ndarray:
@@ -48,8 +53,14 @@ def cross_validated(judged: Judged, method: str = BEST) -> np.ndarray:
     for fold in range(FOLDS):
         out = judged.pictures % FOLDS == fold
         inside = Judged(*(column[~out] for column in judged))
-        calibrated[out] = fit(inside, method)(judged.confidences[out])
+        calibrated[out] = _fitted(inside, method)(judged.confidences[out])
     return calibrated
+
+
+def _fitted(judged: Judged, method: str) -> Curve:
+    if method == BEST:
+        method = min(METHODS, key=lambda name: _log_loss(cross_validated(judged, name), judged.correct))
+    return METHODS[method](judged.confidences, _smoothed(judged.correct))
 
 
 def _log_loss(confidences: np.ndarray, correct: np.ndarray) -> float:
@@ -80,12 +91,14 @@ def _fit_temperature(confidences: np.ndarray, aims: np.ndarray) -> Logistic:
 
 
 def _fit_isotonic(confidences: np.ndarray, aims: np.ndarray) -> Isotonic:
-    values, group, counts = np.unique(confidences, return_inverse=True, return_counts=True)
-    means = np.bincount(group, aims) / counts
+    edges = np.quantile(confidences, np.linspace(0, 1, max(len(confidences) // GROUP, 1) + 1)[1:-1])
+    _, group, counts = np.unique(np.searchsorted(edges, confidences), return_inverse=True, return_counts=True)
+    centres, means = (np.bincount(group, values) / counts for values in (confidences, aims))
     pooled = load_extra("scipy.optimize").isotonic_regression(means, weights=counts)
     starts = pooled.blocks[:-1]
-    centres = np.add.reduceat(values * counts, starts) / np.add.reduceat(counts, starts)
-    return Isotonic(tuple(centres.round(6).tolist()), tuple(pooled.x[starts].round(6).tolist()))
+    starts = starts[np.diff(pooled.x[starts], prepend=-np.inf) > ROUNDING]
+    knots = np.add.reduceat(centres * counts, starts) / np.add.reduceat(counts, starts)
+    return Isotonic(tuple(knots.tolist()), tuple(pooled.x[starts].tolist()))
 
 
 METHODS: dict[str, Callable[[np.ndarray, np.ndarray], Curve]] = {

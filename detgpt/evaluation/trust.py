@@ -62,7 +62,7 @@ COLUMNS = {
 
 
 def table(measured: Mapping[str, Any]) -> str:
-    """A Markdown table of what `numbers` gave, a row for each run, kind and stage. Percent; NLL in nats / 100."""
+    """A Markdown table of what `numbers` gave, a row for each run, kind and stage. In percent, NLL in nats."""
     rows = [["run", "what", "", "claims", *COLUMNS]]
     for run, kinds in measured.items():
         for kind, stages in kinds.items():

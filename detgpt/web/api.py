@@ -19,7 +19,7 @@ from detgpt.web.upload import read_upload, shown_error
 def connect_api(models: Models) -> None:
     """Add the endpoints `/detect` and `/detect_names` to the page, without anything to see."""
 
-    def detect(image: dict[str, Any] | None, wish: str, box_threshold: float, model: str) -> str:
+    def detect(image: dict[str, Any] | None, wish: str, box_threshold: float, model: str, min_confidence: float) -> str:
         """Find the things in a picture that fulfil a wish, and say why. The wish is any need in plain words
         ("I am thirsty", "something sharp", "my finger is bleeding"): DetGPT reasons about what helps and
         gives boxes for it. Nothing fitting is an answer too: an empty list of targets.
@@ -29,11 +29,14 @@ def connect_api(models: Models) -> None:
             wish: what is needed, in plain words; not the names of things, for these there is detect_names.
             box_threshold: least score of a box, from 0 to 1; lower gives more and less certain boxes.
             model: the model that answers. picto knows drawn pictograms only; the others know photographs.
+            min_confidence: leave out things that the model is less sure of, from 0 to 1; 0 leaves out nothing.
 
         Returns:
-            JSON: reasoning; targets (name, confidence, found); detections (label, score, xyxy in pixels); problem.
+            JSON: reasoning; targets (name, confidence, found); unsure (what was left out); detections (label, score,
+            xyxy in pixels); problem.
         """
-        return _answer(models, model, image, instruction=wish, box_threshold=box_threshold)
+        query = {"box_threshold": box_threshold, "min_confidence": min_confidence}
+        return _answer(models, model, image, instruction=wish, **query)
 
     def detect_names(image: dict[str, Any] | None, names: str, box_threshold: float, model: str) -> str:
         """Find the things with these names in a picture, without any reasoning.
@@ -56,11 +59,12 @@ def connect_api(models: Models) -> None:
         own = models.options(models.default)
         threshold = gr.Slider(0, 1, own.box_threshold, label="box_threshold")
         model = gr.Dropdown(list(models.names), value=models.default, label="model")
+        sure = gr.Slider(0, 1, own.min_confidence, label="min_confidence")
         answer = gr.Textbox(label="answer")
-        for endpoint, asked in ((detect, wish), (detect_names, names)):
+        for endpoint, asked in ((detect, [wish, threshold, model, sure]), (detect_names, [names, threshold, model])):
             gr.Button().click(
                 endpoint,
-                [image, asked, threshold, model],
+                [image, *asked],
                 answer,
                 api_name=endpoint.__name__,
                 preprocess=False,  # see read_upload

@@ -1,23 +1,24 @@
 """What one visitor has asked about one picture; every step gives a new value.
 
-The detector is asked once for every box above a low floor, overlapping ones included. What is shown is chosen
-from these by the thresholds, so that a slider moves boxes without running a model.
+The detector is asked once for every box above a low floor, overlapping ones included, before any calibration. What is
+shown is chosen from these by the thresholds, so that a slider moves boxes without running a model.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from detgpt.calibration import Calibration
 from detgpt.detectors import Grounding
 from detgpt.pipeline import DetGPT, Options, tidy
 from detgpt.reasoners import Turn
-from detgpt.results import Detections
+from detgpt.results import Detections, less_sure
 
 FLOOR = 0.05  # boxes that score less are not kept
 
@@ -27,7 +28,7 @@ class Conversation:
     """A picture, the wishes so far, and everything that was found for the last one.
 
     source: the picture's name in the Python call. model: the name of the pair that answers.
-    found: all boxes above the floor; see `shown`.
+    found: all boxes above the floor, with raw scores; `calibration` is that of the model that found them. See `shown`.
     """
 
     picture: Image.Image
@@ -35,18 +36,21 @@ class Conversation:
     model: str
     turns: tuple[Turn, ...] = ()
     found: Detections | None = None
+    calibration: Calibration = field(default_factory=Calibration)
 
     def ask(self, model: DetGPT, wish: str) -> Iterator[str | Conversation]:
         """The reasoning as it is written, then the conversation with this turn."""
-        for event in model.stream(self.picture, wish, history=self.turns, **_everything(model)):
+        for event in model.uncalibrated().stream(self.picture, wish, history=self.turns, **_everything(model)):
             if isinstance(event, Detections):
-                yield replace(self, turns=(*self.turns, Turn(wish, event.answer)), found=event)
+                turns = (*self.turns, Turn(wish, event.answer))
+                yield replace(self, turns=turns, found=event, calibration=model.calibration)
             else:
                 yield event
 
     def look_for(self, model: DetGPT, names: Sequence[str]) -> Conversation:
         """Names instead of a wish: no reasoning, and no turn to remember."""
-        return replace(self, found=model.detect(self.picture, names=names, **_everything(model)))
+        found = model.uncalibrated().detect(self.picture, names=names, **_everything(model))
+        return replace(self, found=found, calibration=model.calibration)
 
     def anew(self, model: str | None = None) -> Conversation:
         """The same picture, nothing said."""
@@ -60,13 +64,24 @@ class Conversation:
         """
         if self.found is None:
             return None
-        sure = self.found.filter(min_score=options.box_threshold)
-        names = [target.name for target in sure.targets]
-        index = np.array([names.index(label) for label in sure.labels], dtype=np.int64)
-        kept = tidy(Grounding(sure.boxes, sure.scores, index), options)
+        named = [
+            replace(t, confidence=self.calibration.of_target(t.confidence), found=False) for t in self.found.targets
+        ]
+        unsure = less_sure(named, options.min_confidence)
+        sure = [target for target in named if target not in unsure]
+        names = [target.name for target in sure]
+        chosen = self.found.filter(min_score=options.box_threshold, labels=names)
+        index = np.array([names.index(label) for label in chosen.labels], dtype=np.int64)
+        kept = tidy(Grounding(chosen.boxes, chosen.scores, index), options)
         labels = tuple(names[i] for i in kept.name_index)
-        targets = tuple(replace(target, found=target.name in labels) for target in sure.targets)
-        return replace(sure, boxes=kept.boxes, scores=kept.scores, labels=labels, targets=targets)
+        return replace(
+            chosen,
+            boxes=kept.boxes,
+            scores=self.calibration.of_boxes(kept.scores),
+            labels=labels,
+            targets=tuple(replace(target, found=target.name in labels) for target in sure),
+            unsure=unsure,
+        )
 
     def python(self, changed: dict[str, Any]) -> str:
         """The Python call that gives what is shown; `changed` are the options that differ from the model's own."""
@@ -97,7 +112,8 @@ def floor(options: Options) -> float:
 
 def _everything(model: DetGPT) -> dict[str, Any]:
     # No masks: they would be those of boxes that are mostly not shown.
-    return {"box_threshold": floor(model.options), "nms_threshold": 1.0, "share_boxes": True, "masks": False}
+    lenient = {"box_threshold": floor(model.options), "min_confidence": 0.0, "nms_threshold": 1.0, "share_boxes": True}
+    return {**lenient, "masks": False}
 
 
 def _literal(text: str) -> str:

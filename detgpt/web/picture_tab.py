@@ -13,7 +13,7 @@ import gradio as gr
 from detgpt.errors import DetGPTError
 from detgpt.images import load_image
 from detgpt.pipeline import Options
-from detgpt.results import Detections
+from detgpt.results import Detections, Target
 from detgpt.web.conversation import Conversation, floor
 from detgpt.web.feedback import Answer, Clicks, Thumb
 from detgpt.web.models import Models
@@ -141,7 +141,20 @@ class PictureTab:
             self.model = gr.Radio(
                 self.models.choices(), value=self.models.default, label="Model", elem_id="model", elem_classes="stacked"
             )
-            self.least = gr.Slider(label="Least score of a box", elem_id="least", **_score_scale(options))
+            self.sure = gr.Slider(
+                0,
+                0.95,
+                options.min_confidence,
+                step=0.05,
+                label="Leave out what it is less sure of",
+                elem_id="sure",
+            )
+            self.least = gr.Slider(
+                label="Least score of a box",
+                info="As the detector gives it; a calibrated model shows how often such a box is right.",
+                elem_id="least",
+                **_score_scale(options),
+            )
             self.merge = gr.Slider(
                 0.05,
                 1,
@@ -155,12 +168,12 @@ class PictureTab:
     # ----------------------------------------------------------------------------------------------- events
 
     def _connect(self) -> None:
-        thresholds = [self.visit, self.least, self.merge]
+        thresholds = [self.visit, self.least, self.merge, self.sure]
         answer = [self.stage, self.note, self.anew, self.take, self.code]
         fresh = [self.visit, self.chat, self.detect, *answer]
         asking: dict[str, Any] = {
             "fn": self.ask,
-            "inputs": [self.visit, self.chat, self.mode, self.wish, self.least, self.merge],
+            "inputs": [self.visit, self.chat, self.mode, self.wish, self.least, self.merge, self.sure],
             "outputs": [*fresh, self.wish],
             "concurrency_limit": 4,
             "concurrency_id": "models",
@@ -174,7 +187,7 @@ class PictureTab:
         ]
         for event in asked:  # also after a failure
             event.then(_ready, None, self.detect, **QUICK)
-        moved: Any = [self.least.change, self.merge.change]
+        moved: Any = [self.least.change, self.merge.change, self.sure.change]
         gr.on(moved, self.show, thresholds, answer, trigger_mode="always_last", **QUICK)
 
         opening = [*fresh, self.wish, self.tries, self.picker, self.viewer]
@@ -190,9 +203,7 @@ class PictureTab:
         self.strip.select(self.choose, self.visit, opening, cancels=asked, **QUICK)
         self.back.click(lambda: self._picking(False), None, [self.picker, self.viewer], **QUICK)
         self.anew.click(self.start_anew, self.visit, fresh, cancels=asked, **QUICK)
-        self.model.input(
-            self.choose_model, [self.visit, self.model], [*fresh, self.least, self.merge], cancels=asked, **QUICK
-        )
+        self.model.input(self.choose_model, [self.visit, self.model], [*fresh, *thresholds[1:]], cancels=asked, **QUICK)
         self.mode.change(lambda mode: gr.Textbox(**FIELD[mode]), self.mode, self.wish, **QUICK)
         if self.clicks:
             self.chat.like(self.click, [self.visit, self.chat, self.thumbs], [self.chat, self.thumbs], **QUICK)
@@ -201,7 +212,7 @@ class PictureTab:
             saved.success(None, self.file, None, js=DOWNLOAD, **QUICK)
 
     def ask(
-        self, visit: Visit, said: list[Any], mode: str, text: str, least: float, merge: float
+        self, visit: Visit, said: list[Any], mode: str, text: str, least: float, merge: float, sure: float
     ) -> Iterator[dict[Any, Any]]:
         """Write the reasoning into the conversation as it comes, then show the boxes."""
         text = text.strip()
@@ -228,14 +239,15 @@ class PictureTab:
             *history, turn = conversation.turns
             answers[len(said)] = Answer(turn, tuple(history), conversation.model)
         visit = replace(visit, conversation=conversation, answers=answers)
-        answer = {"role": "assistant", "content": _in_words(conversation.shown(self._options(visit, least, merge)))}
-        yield {self.visit: visit, self.chat: [*said, answer], self.wish: "", **self.show(visit, least, merge)}
+        shown = conversation.shown(self._options(visit, least, merge, sure))
+        answer = {"role": "assistant", "content": _in_words(shown)}
+        yield {self.visit: visit, self.chat: [*said, answer], self.wish: "", **self.show(visit, least, merge, sure)}
 
-    def show(self, visit: Visit, least: float, merge: float) -> dict[Any, Any]:
+    def show(self, visit: Visit, least: float, merge: float, sure: float) -> dict[Any, Any]:
         """The boxes over the thresholds, and the Python call that gives them."""
-        conversation, options = visit.conversation, self._options(visit, least, merge)
+        conversation, options = visit.conversation, self._options(visit, least, merge, sure)
         own = self.models.options(conversation.model)
-        settings = {"box_threshold": least, "nms_threshold": merge}
+        settings = {"box_threshold": least, "nms_threshold": merge, "min_confidence": sure}
         answered = conversation.found is not None
         return {
             self.stage: visit.html(options),
@@ -245,9 +257,9 @@ class PictureTab:
             self.code: conversation.python({name: to for name, to in settings.items() if to != getattr(own, name)}),
         }
 
-    def _options(self, visit: Visit, least: float, merge: float) -> Options:
+    def _options(self, visit: Visit, least: float, merge: float, sure: float) -> Options:
         own = self.models.options(visit.conversation.model)
-        return own.updated({"box_threshold": least, "nms_threshold": merge})
+        return own.updated({"box_threshold": least, "nms_threshold": merge, "min_confidence": sure})
 
     def _unasked(self, visit: Visit) -> dict[Any, Any]:
         """The picture of a conversation that has not begun."""
@@ -256,7 +268,7 @@ class PictureTab:
             self.visit: visit,
             self.chat: gr.Chatbot([], visible=False, feedback_value=[]),
             self.detect: _ready(),
-            **self.show(visit, own.box_threshold, own.nms_threshold),
+            **self.show(visit, own.box_threshold, own.nms_threshold, own.min_confidence),
         }
 
     def open_upload(self, payload: dict[str, Any] | None, visit: Visit) -> dict[Any, Any]:
@@ -292,7 +304,11 @@ class PictureTab:
     def choose_model(self, visit: Visit, model: str) -> dict[Any, Any]:
         """Another model starts a new conversation with its own thresholds; it loads at the next wish."""
         own = self.models.options(model)
-        scales = {self.least: gr.Slider(**_score_scale(own)), self.merge: own.nms_threshold}
+        scales = {
+            self.least: gr.Slider(**_score_scale(own)),
+            self.merge: own.nms_threshold,
+            self.sure: own.min_confidence,
+        }
         return {**self._unasked(visit.anew(model)), **scales}
 
     def click(self, visit: Visit, said: list[Any], thumbs: dict[str, str | None], liked: gr.LikeData) -> dict[Any, Any]:
@@ -312,18 +328,18 @@ class PictureTab:
         shown = [thumbs.get(answer.id) if answer else None for answer in answers]
         return {self.thumbs: thumbs, self.chat: gr.Chatbot(feedback_value=shown)}
 
-    def save_png(self, visit: Visit, least: float, merge: float) -> str:
-        path, result = self._to_save(visit, least, merge, "png")
+    def save_png(self, visit: Visit, least: float, merge: float, sure: float) -> str:
+        path, result = self._to_save(visit, least, merge, sure, "png")
         result.draw().save(path)
         return str(path)
 
-    def save_json(self, visit: Visit, least: float, merge: float) -> str:
-        path, result = self._to_save(visit, least, merge, "json")
+    def save_json(self, visit: Visit, least: float, merge: float, sure: float) -> str:
+        path, result = self._to_save(visit, least, merge, sure, "json")
         path.write_text(result.to_json(indent=2), encoding="utf-8")
         return str(path)
 
-    def _to_save(self, visit: Visit, least: float, merge: float, suffix: str) -> tuple[Path, Detections]:
-        result = visit.conversation.shown(self._options(visit, least, merge))
+    def _to_save(self, visit: Visit, least: float, merge: float, sure: float, suffix: str) -> tuple[Path, Detections]:
+        result = visit.conversation.shown(self._options(visit, least, merge, sure))
         assert result is not None, "the buttons appear with the first answer"
         return file_for(self.file, f"{Path(visit.conversation.source).stem}-detgpt.{suffix}"), result
 
@@ -335,18 +351,24 @@ def _ready() -> gr.Button:
 def _in_words(result: Detections | None) -> str:
     """The answer of a conversation: the reasoning, and what the boxes cannot say."""
     assert result is not None, "asked, so answered"
-    found, missed = ([target.name for target in result.targets if target.found is there] for there in (True, False))
+    found = [_how_sure(target) for target in result.targets if target.found]
+    missed = [target.name for target in result.targets if not target.found]
     problem = result.problem and result.problem.rstrip(".")
     if problem and not result.targets:
         conclusion = f"**I cannot use my own answer:** {problem}. Please say it in other words."
     elif not result.targets:
-        conclusion = "**Nothing here fits.**"
+        conclusion = "**Nothing that I am sure of.**" if result.unsure else "**Nothing here fits.**"
     elif not found:
         conclusion = f"**Nothing here fits:** I looked for {_listed(missed, 'and')}, but found none."
     else:
         conclusion = f"**Found:** {_listed(found, 'and')}." + (f" I see no {_listed(missed, 'or')}." if missed else "")
     left_out = f"Not all of my answer could be used: {problem}." if problem and result.targets else None
-    return "\n\n".join(filter(None, [result.reasoning, conclusion, left_out]))
+    unsure = f"Left out: {_listed(list(map(_how_sure, result.unsure)), 'and')}." if result.unsure else None
+    return "\n\n".join(filter(None, [result.reasoning, conclusion, unsure, left_out]))
+
+
+def _how_sure(target: Target) -> str:
+    return target.name if target.confidence is None else f"{target.name} ({target.confidence:.0%} sure)"
 
 
 def _listed(names: list[str], conjunction: str) -> str:

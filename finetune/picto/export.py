@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from transformers import AutoProcessor, GroundingDinoForObjectDetection, LlavaForConditionalGeneration
 
+from detgpt.calibration import CALIBRATION_FILE
 from detgpt.models import PAIR_FILE
 from finetune.recipe import StageConfig
 
@@ -36,3 +37,4 @@ def run(config: Config) -> None:
         "needs": "nothing: it comes with the package",
     }
     (config.output / PAIR_FILE).write_text(json.dumps(pair, indent=2) + "\n")
+    (config.output / CALIBRATION_FILE).unlink(missing_ok=True)  # of other weights: `make calibration` fits a new one

@@ -7,7 +7,8 @@
       reasoner/        what came of it, a run like any other: DetGPT.from_pretrained("runs/aligned/iterations/03")
 
 Each step reads files and writes files, so a run goes on with the first one that is not there. `raft` and
-`iterative_dpo` say what is chosen and how it is learned.
+`iterative_dpo` say what is chosen and how it is learned. The run's metrics are those of the last iteration, and how
+many `answers` were written in all.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ def iterate(config: IterationConfig, choose: Choose, learn: Learn) -> None:
     last = Path(model) / REASONER
     rundir.write_folder(config.output / REASONER, lambda partial: shutil.copytree(last, partial, dirs_exist_ok=True))
     rundir.write_pair(config.output, reasoner=REASONER, detector=config.detector)
-    rundir.finish(config.output, {key: value for key, value in history[-1].items() if key != "warning"})
+    metrics = {key: value for key, value in history[-1].items() if key != "warning"}
+    answers = config.iterations * (config.prompts or len(records)) * config.sampling.count
+    rundir.finish(config.output, {**metrics, "answers": answers})
 
 
 def of_iteration(kind: type[Kind], config: IterationConfig, model: str, **own: Any) -> Kind:

@@ -3,7 +3,8 @@
     detgpt-finetune run grpo-picto train=data/wishes output=runs/rewarded
 
 At every step the model answers some wishes several times, a reward (`finetune.preference.rewards`) values the answers,
-and those above the others to the same wish become likelier. It is asked as at inference, pictures included.
+and those above the others to the same wish become likelier. It is asked as at inference, pictures included. The run's
+metrics count the `answers` that were written to learn from.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 from datasets import Dataset
 from PIL import Image
 from pydantic import field_validator
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 from trl import GRPOTrainer, RLOOTrainer
 
 from detgpt.errors import InputError
@@ -97,11 +100,6 @@ class Prompter:
 def trainer_for(kind: Kind, reward: Reward) -> Build:
     """What makes a trainer of this kind whose answers are valued by `reward`."""
 
-    def valued(completions: Sequence[Any], record: Sequence[Mapping[str, Any]], **_: Any) -> list[float | None]:
-        return [*reward([completion[0]["content"] for completion in completions], record)]
-
-    valued.__name__ = "reward"  # in TRL's logs
-
     def build(model: Any, processor: Any, args: Any, examples: Dataset, validation: Dataset | None) -> Any:
         together = args.generation_batch_size // args.num_generations
         if len(examples) < together:
@@ -109,6 +107,14 @@ def trainer_for(kind: Kind, reward: Reward) -> Build:
                 f"there are {len(examples)} wishes, but {together} are answered together: give more of them, a smaller "
                 "trainer.per_device_train_batch_size, or a larger trainer.num_generations"
             )
+        answers = Answers()
+
+        def valued(completions: Sequence[Any], record: Sequence[Mapping[str, Any]], **_: Any) -> list[float | None]:
+            if model.training:  # else they are written for an evaluation
+                answers.written += len(completions) * args.world_size
+            return [*reward([completion[0]["content"] for completion in completions], record)]
+
+        valued.__name__ = "reward"  # in TRL's logs
         if args.beta and not has_adapters(model):
             args.model_init_kwargs = _as_loaded(model.config)
         asking = copy.deepcopy(processor)
@@ -120,12 +126,29 @@ def trainer_for(kind: Kind, reward: Reward) -> Build:
             train_dataset=examples,
             eval_dataset=validation,
             processing_class=asking,
+            callbacks=[answers],
         )
         args.model_init_kwargs = None  # a configuration is nothing for TensorBoard, which writes the arguments down
         _draw_by_epoch(trainer)
         return trainer
 
     return build
+
+
+class Answers(TrainerCallback, ExportableState):
+    """How many answers were written to learn from, by all processes, and in a resumed run before it was interrupted."""
+
+    def __init__(self) -> None:
+        self.written = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"written": self.written}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.written = state.stateful_callbacks[type(self).__name__]["attributes"]["written"]
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.log_history.append({"answers": self.written, "step": state.global_step})
 
 
 def _draw_by_epoch(trainer: Any) -> None:
