@@ -58,12 +58,23 @@ def test_the_table_has_the_best_student_in_bold_and_never_the_teacher():
     assert cells["FIRST"][heads.index("bytes/token")] == "24"
 
 
+def test_students_that_name_nothing_have_no_calibration():
+    points = [row(method, seed, 0.0, None) for method in ("SFT", "FIRST", "full vocabulary") for seed in (0, 1)]
+    points = [{**point, "targets_nll": None, "targets_brier": None} for point in points]
+    text = table(averaged(points), points, STORAGE)
+    assert "nan" not in text and "**" not in text
+    assert "nothing can be told" in text and "trust (" not in text
+
+
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory):
     folder = tmp_path_factory.mktemp("first")
-    overrides = [f"{step}.output={folder / step}" for step in ("talks", "held-out", "answers", "study")]
+    overrides = [f"{step}.output={folder / step}" for step in ("talks", "held-out", "answers", "teacher", "study")]
     overrides += [f"{step}.scenes={scenes}" for step, scenes in (("talks", 8), ("held-out", 3), ("answers", 3))]
     overrides += [
+        f"teacher.train={folder / 'talks'}",
+        "teacher.trainer.max_steps=1",
+        f"study.teacher={folder / 'teacher'}",
         f"study.train={folder / 'talks'}",
         f"study.validation={folder / 'held-out'}",
         f"study.answers={folder / 'answers'}",

@@ -7,6 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from finetune.distill.verdict import TEACHER
+
 GREY, BLUE = "0.6", "#2469b3"
 
 
@@ -33,8 +35,9 @@ def compared(rows: Mapping[str, Mapping[str, tuple[float, float, float]]], colum
     for panel, column in zip(panels, columns, strict=True):
         for place, name in enumerate(names):
             mean, low, high = (100 * value for value in rows[name][column])
-            panel.plot(mean, place, "o", color=BLUE)
-            panel.plot([low, high], [place, place], color=BLUE, linewidth=1)  # not drawn where there is no interval
+            colour = GREY if name == TEACHER else BLUE
+            panel.plot(mean, place, "o", color=colour)
+            panel.plot([low, high], [place, place], color=colour, linewidth=1)  # not drawn where there is no interval
         panel.set_yticks(range(len(names)), names)
         panel.set_title(f"{column} (%)", fontsize="medium")
         panel.grid(alpha=0.25)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from math import isnan, nan
 from statistics import fmean
 from typing import Any
 
-from detgpt.evaluation.tables import markdown, percent
+from detgpt.evaluation.tables import NO_NUMBER, markdown, percent
 from finetune.averaging.front import interval
 
 TEACHER = "teacher"
@@ -41,19 +42,18 @@ def averaged(points: Sequence[Mapping[str, Any]]) -> Means:
     for method in dict.fromkeys(row["method"] for row in points):
         means[method] = {}
         for column in COLUMNS:
-            values = [*by_seed(points, method, column).values()]
-            means[method][column] = (fmean(values), *interval(values))
+            means[method][column] = _mean(by_seed(points, method, column).values())
     return means
 
 
 def by_seed(points: Sequence[Mapping[str, Any]], method: str, column: str) -> dict[Any, float]:
-    """{seed: mean over the sets of wishes}; a set without a named target counts for nothing."""
+    """{seed: mean over the sets of wishes}; a set without a named target has no calibration, and counts for nothing."""
     rows = [row for row in points if row["method"] == method]
     found = {}
     for seed in dict.fromkeys(row["seed"] for row in rows):
         values = [_value(row, column) for row in rows if row["seed"] == seed]
-        known = [value for value in values if value is not None]
-        found[seed] = fmean(known) if known else float("nan")
+        if known := [value for value in values if value is not None]:
+            found[seed] = fmean(known)
     return found
 
 
@@ -62,7 +62,7 @@ def table(means: Means, points: Sequence[Mapping[str, Any]], storage: Mapping[st
     best = {column: _best(means, column) for column in COLUMNS}
     rows = [["method", "bytes/token", *COLUMNS]]
     for method, of in means.items():
-        cells = [_cell(column, of[column], method == best[column]) for column in COLUMNS]
+        cells = [_cell(column, of[column], method in best[column]) for column in COLUMNS]
         kept = f"{storage[method]:,.0f}" if storage.get(method) else "–"
         rows.append([method, kept, *cells])
     lines = [
@@ -84,12 +84,7 @@ def claims(points: Sequence[Mapping[str, Any]], storage: Mapping[str, float]) ->
         said.append(
             f"FIRST is right more often than SFT by {_points(more, low, high)}: {_verdict(more > 0, low, high)}."
         )
-        first, sft = (fmean(by_seed(points, method, "ECE").values()) for method in ("FIRST", "SFT"))
-        less = 1 - first / sft
-        said.append(
-            f"Its ECE is {percent(first)} against {percent(sft)}, {100 * less:.0f}% less (claimed: {LESS:.0%}): "
-            f"{'holds' if less >= LESS else 'does not hold'}."
-        )
+        said.append(_calibrated(*(_mean(by_seed(points, method, "ECE").values())[0] for method in ("FIRST", "SFT"))))
     if {"FIRST", "full vocabulary"} <= methods:
         more, low, high = _difference(points, "FIRST", "full vocabulary", "exact")
         share = storage["FIRST"] / storage["full vocabulary"]
@@ -98,10 +93,26 @@ def claims(points: Sequence[Mapping[str, Any]], storage: Mapping[str, float]) ->
             f"its storage (claimed: within {100 * WITHIN:.0f} point): "
             f"{'holds' if more >= -WITHIN else 'does not hold'}."
         )
-    students = {method: fmean(by_seed(points, method, "trust").values()) for method in methods - {TEACHER}}
-    winner = max(students, key=lambda method: students[method])
-    said.append(f"The best trust (exact less ECE, our own measure) has {winner}: {percent(students[winner])}.")
+    trust = {method: _mean(by_seed(points, method, "trust").values())[0] for method in methods - {TEACHER}}
+    if known := {method: value for method, value in trust.items() if not isnan(value)}:
+        winner = max(known, key=lambda method: known[method])
+        said.append(f"The best trust (exact less ECE, our own measure) has {winner}: {percent(known[winner])}.")
     return said
+
+
+def _calibrated(first: float, sft: float) -> str:
+    if isnan(first) or not sft > 0:
+        return "Of its calibration against SFT's nothing can be told: one of them named no target."
+    less = 1 - first / sft
+    return (
+        f"Its ECE is {percent(first)} against {percent(sft)}, {100 * less:.0f}% less (claimed: {LESS:.0%}): "
+        f"{'holds' if less >= LESS else 'does not hold'}."
+    )
+
+
+def _mean(values: Iterable[float]) -> Mean:
+    known = [*values]
+    return (fmean(known), *interval(known)) if known else (nan, nan, nan)
 
 
 def _value(row: Mapping[str, Any], column: str) -> float | None:
@@ -112,31 +123,35 @@ def _value(row: Mapping[str, Any], column: str) -> float | None:
     return None if value is None else float(value)
 
 
-def _best(means: Means, column: str) -> str:
-    sign = 1 if COLUMNS[column][1] else -1
-    students = [method for method in means if method != TEACHER]
-    return max(students, key=lambda method: sign * means[method][column][0])
+def _best(means: Means, column: str) -> set[str]:
+    """The students with the best number; none where all have the same."""
+    values = {method: of[column][0] for method, of in means.items() if method != TEACHER and not isnan(of[column][0])}
+    if len({*values.values()}) < 2:
+        return set()
+    best = (max if COLUMNS[column][1] else min)(values.values())
+    return {method for method, value in values.items() if value == best}
 
 
 def _cell(column: str, mean: Mean, is_best: bool) -> str:
+    if isnan(mean[0]):
+        return NO_NUMBER
     shown = (lambda value: f"{value:.3f}") if column in NATS else percent
     text = f"**{shown(mean[0])}**" if is_best else shown(mean[0])
-    return text if mean[1] != mean[1] else f"{text} ({shown(mean[1])} to {shown(mean[2])})"
+    return text if isnan(mean[1]) else f"{text} ({shown(mean[1])} to {shown(mean[2])})"
 
 
 def _difference(points: Sequence[Mapping[str, Any]], one: str, other: str, column: str) -> Mean:
     """Of the same seeds."""
     theirs = by_seed(points, other, column)
-    differences = [value - theirs[seed] for seed, value in by_seed(points, one, column).items()]
-    return fmean(differences), *interval(differences)
+    return _mean([value - theirs[seed] for seed, value in by_seed(points, one, column).items() if seed in theirs])
 
 
 def _points(mean: float, low: float, high: float) -> str:
-    interval = "" if low != low else f" ({100 * low:+.1f} to {100 * high:+.1f})"
+    interval = "" if isnan(low) else f" ({100 * low:+.1f} to {100 * high:+.1f})"
     return f"{100 * mean:+.1f} points{interval}"
 
 
 def _verdict(holds: bool, low: float, high: float) -> str:
-    if low == low and low <= 0 <= high:
+    if low <= 0 <= high:
         return f"{'holds' if holds else 'does not hold'}, but the interval has 0 in it"
     return "holds" if holds else "does not hold"
