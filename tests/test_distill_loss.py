@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from finetune.distill.loss import dense_kl, sparse_kl
-from finetune.distill.sparse import Kept, drawn, tail_at, top
+from finetune.distill.sparse import Kept, drawn, narrowed, tail_at, top
 from finetune.distill.trust import plain
 
 VOCABULARY = 50
@@ -145,6 +145,13 @@ def test_the_tail_at_any_temperature_comes_from_those_that_are_kept():
         torch.testing.assert_close(tail_at(kept, (1.0, 2.0), temperature, VOCABULARY), kept.tails[:, place])
     with pytest.raises(ValueError, match="nothing is known of the tail"):
         tail_at(kept, (), 1.0, VOCABULARY)
+
+
+def test_fewer_of_the_kept_tokens_are_what_would_have_been_kept():
+    teacher = logits()
+    for k in (5, 12):
+        for ours, theirs in zip(narrowed(top(teacher, 12, (1.0, 2.0)), k, (1.0, 2.0)), top(teacher, k), strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_random_draws_stand_for_the_whole_distribution_without_bias():

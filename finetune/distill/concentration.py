@@ -15,19 +15,15 @@ MOST = 10  # tokens
 ENOUGH = 0.95
 
 
-def counted(logits: torch.Tensor) -> np.ndarray:
-    """(2, MOST) sums over the positions of `logits` (N, V): of the mass in the likeliest 1 to MOST tokens, and of
-    positions at which that is ENOUGH. NaN from where there are no more tokens."""
-    logits = logits.float()
-    likeliest = logits.topk(min(MOST, logits.shape[-1])).values
-    return counted_of(likeliest - logits.logsumexp(-1, keepdim=True))
+def counted(likeliest: torch.Tensor) -> np.ndarray:
+    """(2, MOST) sums over N positions: of the mass in the likeliest 1 to MOST tokens, and of positions at which that is
+    ENOUGH; NaN from where no more tokens are known.
 
-
-def counted_of(likeliest: torch.Tensor) -> np.ndarray:
-    """The same of the likeliest tokens' log-probabilities (N, any number), in falling order; NaN beyond those."""
+    likeliest: (N, any number), log-probabilities in falling order.
+    """
     mass = likeliest[:, :MOST].double().exp().cumsum(-1)
     sums = torch.stack([mass.sum(0), (mass >= ENOUGH).double().sum(0)])
-    return torch.nn.functional.pad(sums, (0, MOST - mass.shape[-1]), value=torch.nan).cpu().numpy()
+    return torch.nn.functional.pad(sums, (0, MOST - mass.shape[-1]), value=torch.nan).numpy()
 
 
 def summary(sums: np.ndarray, tokens: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from detgpt.evaluation.command import KEY
 from detgpt.images import load_image
 from detgpt.reasoners.chat import is_bare
 from finetune.batching import IGNORED
-from finetune.distill.concentration import counted_of
+from finetune.distill.concentration import counted
 from finetune.distill.sparse import Kept
 from finetune.encoding import RecordEncoder, conversation, worded
 from finetune.loading import load_reader
@@ -92,7 +92,7 @@ class Served:
         likeliest = torch.tensor([[logprob for _, logprob in row] for row in rows]).reshape(len(rows), self._k)
         tails = torch.log1p(-likeliest.double().exp().sum(-1).clamp(max=1.0)).clamp(min=LEAST).float()
         kept = Kept(torch.tensor([[token for token, _ in row] for row in rows]), likeliest, tails[:, None])
-        return place, tokens, kept, counted_of(likeliest)
+        return place, tokens, kept, counted(likeliest)
 
     def _told(self, record: Mapping[str, Any], ids: list[int]) -> list[Any]:
         """What the server tells of each token of the prompt, the first left out: {"token id": {"logprob": …}, …}."""

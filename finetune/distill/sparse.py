@@ -42,8 +42,14 @@ def top(logits: torch.Tensor, k: int, temperatures: Sequence[float] = TEMPERATUR
     total = logits.logsumexp(-1, keepdim=True)
     likeliest, ids = logits.topk(k)
     rest = logits.scatter(-1, ids, -torch.inf)
-    tails = [(rest / t).logsumexp(-1) - total[:, 0] / t for t in temperatures]
+    tails = [(rest if t == 1 else rest / t).logsumexp(-1) - total[:, 0] / t for t in temperatures]
     return Kept(ids, likeliest - total, torch.stack(tails, dim=-1) if tails else likeliest.new_empty(len(likeliest), 0))
+
+
+def narrowed(kept: Kept, k: int, temperatures: Sequence[float]) -> Kept:
+    """Of what `top` kept the `k` likeliest tokens; the others go into the tail."""
+    others = kept.logprobs[:, k:, None] / kept.tails.new_tensor(temperatures)  # (N, others, temperatures)
+    return Kept(kept.ids[:, :k], kept.logprobs[:, :k], torch.logaddexp(kept.tails, others.logsumexp(1)))
 
 
 def drawn(logits: torch.Tensor, k: int, chance: torch.Generator) -> Kept:

@@ -103,7 +103,7 @@ def run(config: Config) -> None:
         return numbered.with_transform(CachedEncoder(processor, cache, **how))
 
     def build(model: Any, processor: Any, args: Any, examples: Dataset, validation: Dataset | None) -> Trainer:
-        return Distiller(
+        trainer = Distiller(
             teaching=_teaching(config, cache, model, processor),
             weight=config.weight,
             model=model,
@@ -112,6 +112,9 @@ def run(config: Config) -> None:
             eval_dataset=validation,
             data_collator=collator(model, processor, packing=config.packing),
         )
+        if config.scale_temperature and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            raise InputError("scale_temperature: no process has all weights here: leave it out, and `detgpt calibrate`")
+        return trainer
 
     train(
         config,

@@ -34,7 +34,7 @@ from finetune.data.records import fingerprint, load_records
 from finetune.distill import concentration, plot
 from finetune.distill.cache import SHARDS, WIDE, Header, Shard, digest, mapped, shard_file, write_header, write_shard
 from finetune.distill.server import Served, ServerSettings
-from finetune.distill.sparse import NUMBERS, TEMPERATURES, Kept, drawn, top
+from finetune.distill.sparse import NUMBERS, TEMPERATURES, Kept, drawn, narrowed, top
 from finetune.encoding import RecordEncoder
 from finetune.loading import Checkpoint, load
 from finetune.recipe import StageConfig
@@ -205,12 +205,13 @@ class Local:
         for batch, places in self.batches(records):
             labels = batch.pop("labels")[:, 1:]
             learned = labels != IGNORED
-            for place, tokens, said, here in zip(places, labels, self.logits(batch), learned, strict=True):
-                mine = said[:-1][here.to(said.device)]  # (n, vocabulary)
-                parts = mine.split(max(1, NUMBERS // self.vocabulary))
-                kept = [self._kept(part, chance) for part in parts]
-                counted = sum((concentration.counted(part) for part in parts), np.zeros((2, concentration.MOST)))
-                yield place, tokens[here], Kept(*(torch.cat(column) for column in zip(*kept, strict=True))), counted
+            logits = self.logits(batch)[:, :-1]
+            logits = logits[learned.to(logits.device)]  # (rows of all records, vocabulary)
+            parts = [self._kept(part, chance) for part in logits.split(max(1, NUMBERS // self.vocabulary))]
+            counts = learned.sum(-1).tolist()
+            columns = [torch.cat(column).split(counts) for column in zip(*parts, strict=True)]
+            for place, tokens, here, *row, likeliest in zip(places, labels, learned, *columns, strict=True):
+                yield place, tokens[here], Kept(*row), concentration.counted(likeliest)
 
     def batches(self, records: Dataset) -> Iterator[tuple[Batch, list[int]]]:
         """Batches of `finetune.batching` and the places of their records; like with like, so that little is padding."""
@@ -239,7 +240,11 @@ class Local:
         logits: torch.Tensor = model(**inputs, use_cache=False).logits
         return logits
 
-    def _kept(self, logits: torch.Tensor, chance: torch.Generator) -> Kept:
+    def _kept(self, logits: torch.Tensor, chance: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """The parts of `Kept`, and the log-probabilities of the likeliest tokens."""
+        k, temperatures = self._config.k, self._config.known_temperatures
+        most = min(concentration.MOST, self.vocabulary)
         if self._config.kept == "random":
-            return drawn(logits.cpu(), self._config.k, chance)
-        return Kept(*(part.cpu() for part in top(logits, self._config.k, self._config.temperatures)))
+            return (*drawn(logits.cpu(), k, chance), top(logits, most, ()).logprobs.cpu())
+        more = top(logits, max(k, most), temperatures)
+        return (*(part.cpu() for part in narrowed(more, k, temperatures)), more.logprobs[:, :most].cpu())
