@@ -255,7 +255,7 @@ def test_what_does_not_go_together_is_said(settings, said, place, tmp_path):
         settings = {**settings, "cache": caches[settings["cache"]]()}
     with pytest.raises(ValueError, match=said):
         taught(place, tmp_path / "run", steps=1, **settings)
-    assert not (tmp_path / "run/reasoner").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_stays_and_an_interrupted_one_goes_on_to_the_same_weights(place, tmp_path):

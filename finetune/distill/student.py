@@ -33,6 +33,7 @@ from transformers import Trainer, TrainingArguments
 
 from detgpt.errors import InputError
 from detgpt.reasoners.chat import is_bare
+from finetune import rundir
 from finetune.answering import answering
 from finetune.batching import IGNORED, TEACHER_ROWS, collator
 from finetune.data.records import load_records
@@ -42,7 +43,7 @@ from finetune.distill.recalibration import Recalibration, Way, fitted, recalibra
 from finetune.distill.temper import temper
 from finetune.distill.trust import TEMPERATURE_RANGE, fit, temperature_loss
 from finetune.encoding import Encoded, RecordEncoder
-from finetune.loading import Checkpoint, load
+from finetune.loading import Checkpoint, load, load_reader
 from finetune.stages.instruct import TalkConfig
 from finetune.stages.reasoner import PartsConfig, Paths, train
 from finetune.tuning import Group
@@ -91,14 +92,15 @@ class Config(TalkConfig, PartsConfig):
 
 
 def run(config: Config) -> None:
-    cache = Cache(config.cache) if config.cache is not None else None
+    if rundir.is_finished(config):
+        return
+    cache = _checked(config)
 
     def prepare(model: Any, processor: Any, paths: Paths) -> Dataset:
         records = load_records(paths)
         how: dict[str, Any] = {"bare": is_bare(model.config), "max_length": config.max_length}
         if cache is None or paths != config.train:
             return records.with_transform(RecordEncoder(processor, **how))
-        cache.check(getattr(processor, "tokenizer", processor), paths, k=config.k, teacher=config.teacher)
         numbered = records.add_column(NUMBER, list(range(len(records))))
         return numbered.with_transform(CachedEncoder(processor, cache, **how))
 
@@ -128,6 +130,26 @@ def run(config: Config) -> None:
         defaults={"learning_rate": 2e-4 if config.how[Group.LANGUAGE] == "lora" else 2e-6},
         after=_scaled if config.scale_temperature else None,
     )
+
+
+def _checked(config: Config) -> Cache | None:
+    """The cache, if there is one. Raises `InputError` before anything is written where it does not fit."""
+    if config.cache is None:
+        return None
+    cache = Cache(config.cache)
+    _, processor = load_reader(config)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    cache.check(tokenizer, config.train, k=config.k, teacher=config.teacher)
+    recalibration(cache.header, config.recalibrate)
+    if config.recalibrate is not None and config.strength is None:
+        held_out, validation = _held_out(config)
+        held_out.check(tokenizer, validation, k=cache.header.k, teacher=cache.header.teacher)
+    return cache
+
+
+def _held_out(config: Config) -> tuple[Cache, Paths]:
+    assert config.validation is not None and config.validation_cache is not None, "settings are checked"
+    return Cache(config.validation_cache), config.validation
 
 
 NUMBER = "number"  # of a record among its fellows
@@ -166,13 +188,9 @@ def _recalibration(config: Config, cache: Cache, model: Any, processor: Any) -> 
     """As the settings have it; one that is fitted is written down with what it did."""
     if config.recalibrate is None or config.strength is not None:
         return recalibration(cache.header, config.recalibrate, 1.0 if config.strength is None else config.strength)
-    assert config.validation is not None and config.validation_cache is not None, "settings are checked"
-    recalibration(cache.header, config.recalibrate)  # refused before anything is read
-    held_out = Cache(config.validation_cache)
-    tokenizer = getattr(processor, "tokenizer", processor)
-    held_out.check(tokenizer, config.validation, k=cache.header.k, teacher=cache.header.teacher)
+    held_out, validation = _held_out(config)
     encoder = RecordEncoder(processor, bare=is_bare(model.config), max_length=config.max_length)
-    labels = true_tokens(held_out, load_records(config.validation), encoder)
+    labels = true_tokens(held_out, load_records(validation), encoder)
     found = fitted(config.recalibrate, held_out, labels)
     report(config.output, found, held_out, labels)
     return recalibration(cache.header, found.way, found.strength)
