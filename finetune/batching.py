@@ -29,8 +29,9 @@ Batch = dict[str, Any]
 Collator = Callable[[Sequence[Example]], Batch]
 
 IGNORED = -100  # a label that the loss leaves out
+TEACHER_ROWS = "teacher_rows"  # the row of each token in a teacher's cache (`finetune.distill`); -1 where there is none
 # What a processor says of every token, beside the pictures' tensors. The attention mask is ours to write.
-TOKEN_INPUTS = ("input_ids", "labels", "token_type_ids", "mm_token_type_ids")
+TOKEN_INPUTS = ("input_ids", "labels", "token_type_ids", "mm_token_type_ids", TEACHER_ROWS)
 
 # Model types whose packed loss is the padded one; tests/test_finetune_batching.py goes through them all. Others see
 # beyond an example's bounds (PaliGemma's prefix, ALiBi), carry a state along the row, or are not proven yet. Gemma 3
@@ -186,7 +187,7 @@ class _Rows:
     """What is said of tokens, as rows: (rows, longest)."""
 
     def __init__(self, pad_token_id: int) -> None:
-        self._padding = {"input_ids": pad_token_id, "labels": IGNORED}
+        self._padding = {"input_ids": pad_token_id, "labels": IGNORED, TEACHER_ROWS: -1}
 
     def __call__(self, rows: Sequence[Sequence[Example]]) -> Batch:
         names = [name for name in TOKEN_INPUTS if any(name in example for row in rows for example in row)]

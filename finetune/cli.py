@@ -18,6 +18,7 @@ from detgpt import terminal
 from detgpt.errors import StoppedError
 from finetune.averaging.cli import average
 from finetune.data.cli import app as data_app
+from finetune.distill.cli import app as distill_app
 
 TERMINATED = 143  # what a shell says of a process that SIGTERM ended
 
@@ -28,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(distill_app, name="distill")
 app.command()(average)
 
 

@@ -72,9 +72,8 @@ def load(checkpoint: Checkpoint, dtype: str, *, quantized: tuple[Group, ...] = (
     Raises `ModelError` for a checkpoint that does not load, `InputError` for settings that it does not take, or without
     the GPU that 4 bits need, `MissingExtraError` without bitsandbytes.
     """
-    config = _config(checkpoint)
+    config, processor = load_reader(checkpoint)
     sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    processor = load_processor(checkpoint.source, checkpoint.revision) if sees else _tokenizer(checkpoint)
     auto_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if sees else MODEL_FOR_CAUSAL_LM_MAPPING
     model_class = scorer(mapping[type(config)]) if getattr(config, SCORES, False) else auto_class
@@ -85,6 +84,14 @@ def load(checkpoint: Checkpoint, dtype: str, *, quantized: tuple[Group, ...] = (
         options["quantization_config"] = _four_bits(config, auto_class, quantized)
         options["device_map"] = {"": PartialState().local_process_index}
     return load_model(checkpoint.source, checkpoint.revision, options, model_class), processor
+
+
+def load_reader(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """Configuration and processor (a tokenizer for a language model), without the weights. Raises as `load` does."""
+    config = _config(checkpoint)
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return config, load_processor(checkpoint.source, checkpoint.revision)
+    return config, _tokenizer(checkpoint)
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -17,12 +17,14 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from detgpt.errors import InputError
+
+Kind = TypeVar("Kind", bound=BaseModel)
 
 RECIPES = Path(__file__).parent / "recipes"
 RECIPE_FILE = "recipe.yaml"  # in a run's folder: the settings it really had
@@ -34,6 +36,10 @@ STAGES = {
     "pretrain": "finetune.stages.pretrain",
     "detector": "finetune.stages.detector",
     "hma": "finetune.averaging.hma",
+    "distill": "finetune.distill.student",
+    "distill.cache": "finetune.distill.teacher",
+    "distill.student": "finetune.distill.fresh",
+    "first": "finetune.distill.study",
     "pareto": "finetune.averaging.pareto",
     "compare": "finetune.preference.compare",
     **{name: f"finetune.protector.{name}" for name in ("harm_detector", "detoxifier", "guard")},
@@ -111,12 +117,15 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> StageConfig:
     value of another type.
     """
     values = _with_overrides(read_yaml(path), overrides)
-    module = stage_module(values.get("stage"), path)
+    return checked_settings(stage_module(values.get("stage"), path).Config, values, where=f"{path}: ")
+
+
+def checked_settings(kind: type[Kind], values: Mapping[str, Any], where: str = "") -> Kind:
+    """An instance of the settings `kind`. Raises `InputError` that starts with `where` and names the key."""
     try:
-        config: StageConfig = module.Config.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"{path}: {_in_words(error, module.Config)}") from error
-    return config
+        raise InputError(f"{where}{_in_words(error, kind)}") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ Paths = Path | list[Path]
 Prepare = Callable[[Any, Any, Paths], Dataset]  # model, processor, where the records are → encoded examples
 # (model, processor, arguments, training and validation examples) → the trainer
 Build = Callable[[Any, Any, Any, Dataset, Dataset | None], Trainer]
+After = Callable[[Trainer], Mapping[str, float]]  # the trainer, done → numbers for run.json
 TUNE: dict[str, Tune] = {"qlora": "lora", "lisa": "full"}  # how the language model's weights are trained then
 
 
@@ -154,12 +155,13 @@ def train(
     quantized: tuple[Group, ...] = (),
     by_length: bool = False,
     defaults: Mapping[str, Any] | None = None,
+    after: After | None = None,
 ) -> None:
     """Train the parts as `how` says, on what `prepare` makes of the records, and write the result to `config.output`.
 
     build: makes the trainer. Its arguments are of the class `config.arguments`: `defaults`, over them the recipe's, and
-    `ours`, which the recipe may not set. A finished run is left as it is; one that was interrupted goes on from its
-    last checkpoint.
+    `ours`, which the recipe may not set. after: what is done to the trained model before it is kept. A finished run is
+    left as it is; one that was interrupted goes on from its last checkpoint.
     """
     args = _arguments(config, defaults or {}, ours)
     if rundir.is_finished(config):
@@ -189,9 +191,10 @@ def train(
     callbacks.train(trainer)
     if config.average_steps is not None and validation is not None:
         trainer.evaluate()  # the last numbers are those of the result
+    told = after(trainer) if after is not None else {}
     _keep(config, trainer, processor)
     if trainer.is_world_process_zero():
-        rundir.finish(folder, _metrics(trainer))
+        rundir.finish(folder, {**_metrics(trainer), **told})
 
 
 def _draw_by_length(trainer: Any) -> None:
