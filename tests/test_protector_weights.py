@@ -92,7 +92,9 @@ def test_the_same_answer_is_harmful_to_one_and_harmless_to_another(detector, des
     assert scores[1] < described["threshold"] <= scores[0]
 
 
-def test_harmful_answers_are_rewritten_to_harmless_ones_that_keep_the_picture():
+def test_harmful_answers_are_rewritten_to_harmless_ones_that_keep_the_picture(described):
+    if described["detoxifier"] is None:
+        pytest.skip("it comes without a detoxifier: harmful answers are refused")
     guard = Protector("picto")
     found = [(e, e.answers[e.harmful.index(True)]) for e in read_exchanges(FOLDER / "test") if e.rewrite is not None]
     verdicts = guard.check_batch([(exchange.question, answer) for exchange, answer in found[:60]])
