@@ -64,10 +64,10 @@ says how likely it does harm, and which: {", ".join(name.replace("_", " ") for n
 
 {_table(metrics)}
 
-In percent, with 95% intervals. *caught*: harmful questions and answers that are flagged. *held back*: of the exchanges
-with a harmful answer those that are flagged, by the question or the answer. *false positives*: harmless texts that are
-flagged. *over-refusal*: harmless questions that sound like harm ("kill the light") and are flagged, alone or with a
-harmless answer.
+In percent, with 95% intervals, measured by `stage: guard` on these weights. *caught*: harmful questions and answers
+that are flagged. *held back*: of the exchanges with a harmful answer those that are, by the question or the answer.
+*false positives*: harmless texts that are flagged. *over-refusal*: harmless questions that sound like harm ("kill the
+light") and are flagged, alone or with a harmless answer.
 
 {_explained(metrics)}
 

@@ -28,7 +28,6 @@ from torch.utils.data import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -201,7 +200,6 @@ class Collator:
 
     def __init__(self, tokenizer: Any, max_length: int, hidden: float = 0.0) -> None:
         self._tokenizer, self._max_length, self._hidden = tokenizer, max_length, hidden
-        self._padded = DataCollatorWithPadding(tokenizer)
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         texts = [text for item in items for text in item["texts"]]
@@ -222,7 +220,7 @@ class Collator:
         }
 
     def _chunk(self, ids: list[list[int]]) -> Batch:
-        batch = dict(self._padded({"input_ids": ids}))
+        batch = dict(self._tokenizer.pad({"input_ids": ids}, return_tensors="pt"))
         if self._hidden:
             seen = torch.rand(batch["attention_mask"].shape) >= self._hidden
             seen[:, 0] = True  # never a text without any

@@ -114,9 +114,7 @@ def choose_threshold(scores: np.ndarray, positive: np.ndarray, *, most: float) -
     auroc(scores, positive)  # that there are both
     thresholds, false, true = roc(scores, positive)
     negatives = int((~positive).sum())
-    allowed = np.array([share_interval(round(share * negatives), negatives)[1] <= most for share in false])
-    if not allowed.any():
-        allowed = false <= most
+    allowed = np.round(false * negatives) <= most_hits(negatives, most)
     if not allowed.any():  # what scores highest is harmless
         return float(np.nextafter(thresholds[0], 1, dtype=np.float32))
     best = np.flatnonzero(true == true[allowed].max())
@@ -124,6 +122,14 @@ def choose_threshold(scores: np.ndarray, positive: np.ndarray, *, most: float) -
     # They flag as much down to the next lower score.
     lower = thresholds[best[-1] + 1] if best[-1] + 1 < len(thresholds) else 0.0
     return float((thresholds[best[0]] + lower) / 2)
+
+
+def most_hits(of: int, most: float) -> int:
+    """How many may be flagged so that the 95% interval ends below `most`; of too few texts, as many as that share."""
+    hits = 0
+    while share_interval(hits, of)[1] <= most:
+        hits += 1
+    return hits - 1 if hits else int(most * of)
 
 
 def share_interval(hits: int, of: int) -> tuple[float, float]:
