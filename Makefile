@@ -38,7 +38,7 @@ calibration: $(READY)
 	$(BIN)/python -m finetune.picto.splits build/picto --only calibration --scenes 700
 	$(BIN)/detgpt calibrate build/picto/calibration -m weights/picto
 	$(BIN)/detgpt eval $(addprefix finetune/picto/splits/,seen paraphrases needs style) --calibration build/trust
-	cp build/trust/*.png build/trust/*.svg docs/images/
+	cp build/trust/*.png docs/images/
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -34,7 +34,7 @@ def main(folder: Path, *how: str) -> None:
     draw_by_length(trainer, [len(text["input_ids"]) for text in data.texts])
     attach(trainer, lisa=LisaSettings(layers=2, every=3) if "lisa" in how else None)
     for kind in {"l2", "distill"} & {*how}:
-        trainer.callback_handler.callbacks.insert(0, anchored(trainer, folder / str(settings.process_index), kind))
+        trainer.callback_handler.callbacks.insert(0, anchored(trainer, folder / "before", kind))
     train(trainer)
     if settings.process_index == 0:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -43,8 +43,9 @@ def main(folder: Path, *how: str) -> None:
 
 def anchored(trainer: Trainer, folder: Path, kind: str) -> Anchor:
     """To a model of other weights."""
-    text_model("llama", num_hidden_layers=4, initializer_range=0.2).save_pretrained(folder)
-    tokenizer(end="</s>").save_pretrained(folder)
+    with trainer.accelerator.main_process_first():
+        text_model("llama", num_hidden_layers=4, initializer_range=0.2).save_pretrained(folder)  # the first one alone
+        tokenizer(end="</s>").save_pretrained(folder)
     settings = AnchorSettings(model=str(folder), kind=kind, weight={"l2": 1e-3, "distill": 0.5}[kind])
     return Anchor(trainer, settings, Checkpoint(model="another"), "float32")
 

@@ -1,7 +1,9 @@
 """Averaging two checkpoints: every tensor is what the ratios say, and what cannot be averaged is refused by name."""
 
 import json
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -107,6 +109,16 @@ def test_one_group_is_plain_averaging(pair, tmp_path):
         assert torch.equal(ours.nan_to_num(), theirs.nan_to_num()), name
 
 
+def test_in_however_many_pieces_the_average_is_the_same(pair, tmp_path, monkeypatch):
+    """Of a row each, or fewer than there are rows, several of them together."""
+    whole = average(*pair, tmp_path / "whole", base_weight=0.3)
+    for piece, together in ((1, 3), (700, 2)):
+        monkeypatch.setattr("finetune.averaging.weights.PIECE", piece)
+        monkeypatch.setattr("finetune.averaging.weights.TOGETHER", together)
+        pieces = average(*pair, tmp_path / f"of {piece}", base_weight=0.3)
+        assert same(weights(pieces), weights(whole))
+
+
 def test_shards_are_those_of_the_base_and_every_other_file_is_the_tuned_models(pair, tmp_path):
     base, tuned = pair
     other = tmp_path / "other shards"
@@ -191,6 +203,20 @@ def test_counters_are_the_bases_unless_the_result_is_the_tuned_model(plain, tmp_
 def test_wrong_weights_are_refused(arguments, said, pair, tmp_path):
     with pytest.raises(InputError, match=said):
         average(*pair, tmp_path / "out", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_told_and_nothing_is_left(pair, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails, as on a full disk
+    size = max(file.stat().st_size for file in pair[0].glob("*.safetensors"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, hard))
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*make room"):
+            average(*pair, tmp_path / "out", base_weight=0.5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
     assert not list(tmp_path.iterdir())
 
 

@@ -60,7 +60,8 @@ def test_a_click_keeps_picture_wish_answer_and_nothing_of_who_clicked(tmp_path: 
 
 def test_many_visitors_click_at_once(tmp_path: Path) -> None:
     kept = Clicks(tmp_path)
-    pictures = [Image.new("RGB", (30, 20), (shade, 0, 0)) for shade in range(4)]
+    # Large enough that writing one takes a while, in which others want to.
+    pictures = [Image.effect_noise((900, 700), spread).convert("RGB") for spread in (50, 60, 70, 80)]
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda i: kept.add(pictures[i % 4], answer("x" * 20_000, f"wish {i}"), "up"), range(200)))
     assert {row["instruction"] for row in rows(tmp_path)} == {f"wish {i}" for i in range(200)}

@@ -14,6 +14,7 @@ from detgpt.errors import InputError
 from detgpt.evaluation import comparing, evaluate, table, trust
 from detgpt.evaluation.building import Plan, build
 from detgpt.evaluation.diagrams import FIGURE
+from detgpt.evaluation.harness import Harness
 from detgpt.evaluation.metrics import load_extra
 from detgpt.evaluation.readers import FORMATS, read_dataset
 from detgpt.evaluation.samples import Samples
@@ -29,7 +30,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 def eval_command(
-    data: Annotated[list[Path], typer.Argument(metavar="DATA...", help="Folders or files.", show_default=False)],
+    data: Annotated[
+        list[Path] | None, typer.Argument(metavar="DATA...", help="Folders or files.", show_default=False)
+    ] = None,
     model: Annotated[list[str] | None, typer.Option("--model", "-m", help="Pairs to compare; else picto.")] = None,
     format: Annotated[str | None, typer.Option(help=f"{', '.join(FORMATS)}; found from the data unless given.")] = None,
     annotations: Annotated[Path | None, typer.Option(help="The COCO annotation file, if it lies elsewhere.")] = None,
@@ -47,9 +50,12 @@ def eval_command(
         Path | None,
         typer.Option(help="Judge confidences and scores instead; numbers and diagrams go into this folder."),
     ] = None,
-    abilities: Annotated[
-        bool, typer.Option("--abilities", help="DATA are questions to the reasoners alone, or tasks of a harness.")
-    ] = False,
+    abilities: Annotated[bool, typer.Option("--abilities", help="DATA are questions to the reasoners alone.")] = False,
+    harness: Annotated[
+        str | None,
+        typer.Option(metavar="TASK[,TASK…]", help="With --abilities: tasks of the lm-evaluation-harness too."),
+    ] = None,
+    harness_tasks: Annotated[Path | None, typer.Option(help="A folder with task files of your own for it.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     debug: Debug = False,
@@ -65,14 +71,20 @@ def eval_command(
     detgpt eval finetune/picto/splits/* --calibration trust/
 
     detgpt eval --abilities abilities/ -m before/ -m after/
+
+    detgpt eval --abilities --harness arc_easy,piqa -m before/ -m after/
     """
     with terminal.reporting(debug):
+        tasks = _harness(harness, harness_tasks, abilities)
+        data = data or []
+        if not data and not tasks:
+            raise typer.BadParameter("give a folder or a file", param_hint="DATA")
         if abilities:
             for_wishes = {"format": format, "annotations": annotations, "images": images, "split": split}
             about_boxes = {"report": report, "tiles": tiles, "masks": masks, "calibration": calibration}
             _refuse("--abilities asks questions and finds nothing", **for_wishes, **about_boxes)
             loading = {"device": device, "dtype": dtype}
-            compared = comparing.compare(data, model or ["picto"], limit, batch_size, loading, debug)
+            compared = comparing.compare(data, model or ["picto"], limit, batch_size, loading, debug, tasks)
             typer.echo(compared.table())
             if output:
                 _write(output, json.dumps(compared.to_dict(), indent=2) + "\n")
@@ -159,6 +171,16 @@ def bench_build_command(
             about = build(writer, annotations, images, output, plan, batch_size=batch_size, progress=progress)
         terminal.note(f"wrote {output}")
         terminal.print_json(about["counts"])
+
+
+def _harness(tasks: str | None, folder: Path | None, abilities: bool) -> Harness | None:
+    if tasks is None:
+        if folder is not None:
+            raise InputError(f"--harness-tasks {folder}: say with --harness which of its tasks are meant")
+        return None
+    if not abilities:
+        raise InputError("--harness measures what a language model can do: give --abilities too")
+    return Harness(tasks.split(","), folder)
 
 
 def _refuse(because: str, **options: Any) -> None:

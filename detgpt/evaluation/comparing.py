@@ -20,6 +20,7 @@ from detgpt.evaluation.abilities import (
     load_answering,
     read_abilities,
 )
+from detgpt.evaluation.harness import Harness
 from detgpt.evaluation.tables import markdown
 
 
@@ -74,22 +75,42 @@ def compare(
     batch_size: int,
     loading: Mapping[str, Any],
     debug: bool,
+    harness: Harness | None = None,
 ) -> Comparison:
-    """Ask every model about the abilities in the folders `places`. loading: device and dtype."""
+    """Ask every model about the abilities in the folders `places`, then by the tasks of `harness`.
+
+    loading: device and dtype.
+    """
     abilities = _read(places, limit)
     comparison = Comparison()
     for model in models:
-        with terminal.loading(model, [answering(model)[0]], debug):
-            reasoner = load_answering(model, **loading)
-        with terminal.progress(model) as progress:
-            comparison.results[model] = evaluate_abilities(
-                reasoner,
-                abilities,
-                batch_size=batch_size,
-                progress=progress,
-                each=functools.partial(comparison.add, model),
-            )
+        comparison.results[model] = (
+            _asked(comparison, model, abilities, batch_size, loading, debug) if abilities else {}
+        )
+        if harness:
+            tasks = harness.measure(model, limit=limit, batch_size=batch_size, **loading)
+            comparison.results[model] |= tasks
     return comparison
+
+
+def _asked(
+    comparison: Comparison,
+    model: str,
+    abilities: Mapping[str, Ability],
+    batch_size: int,
+    loading: Mapping[str, Any],
+    debug: bool,
+) -> dict[str, AbilityResult]:
+    with terminal.loading(model, [answering(model)[0]], debug):
+        reasoner = load_answering(model, **loading)
+    with terminal.progress(model) as progress:
+        return evaluate_abilities(
+            reasoner,
+            abilities,
+            batch_size=batch_size,
+            progress=progress,
+            each=functools.partial(comparison.add, model),
+        )
 
 
 def _read(places: Sequence[Path], limit: int | None) -> dict[str, Ability]:

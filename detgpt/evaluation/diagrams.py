@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from detgpt.evaluation.trust import Claims
 
 FIGURE = "matplotlib.figure"
-PANEL_INCHES = 2.7
+PANEL_INCHES = 2.7, 3.0
 COLOURS = {"raw": "#d1662b", "calibrated": "#2469b3"}
 SETTINGS: dict[str, Any] = {
     "font.size": 8,
+    "axes.titlesize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "svg.hashsalt": "detgpt",  # the same numbers give the same file
@@ -41,19 +42,12 @@ def reliability(runs: Mapping[str, Claims]) -> Figure:
                 continue
             x, y, share = confidence[full] / counts[full], hits[full] / counts[full], counts[full] / counts.sum()
             ece = expected_calibration_error(judged.confidences, judged.correct) or 0.0
-            panel.plot(x, y, color=COLOURS[stage], linewidth=1)
-            panel.scatter(
-                x, y, s=8 + 150 * share, color=COLOURS[stage], alpha=0.8, label=f"{stage}, ECE {100 * ece:.1f}%"
-            )
-        panel.set(
-            title=title,
-            xlim=(-0.02, 1.02),
-            ylim=(-0.02, 1.02),
-            xlabel="how sure",
-            ylabel="how often right",
-            aspect="equal",
-        )
-        panel.legend(loc="lower right", frameon=False, fontsize=7, markerscale=0.5)
+            panel.plot(x, y, color=COLOURS[stage], linewidth=1, alpha=0.5)
+            dots: dict[str, Any] = {"s": 5 + 110 * share, "alpha": 0.8, "clip_on": False}
+            panel.scatter(x, y, color=COLOURS[stage], label=f"{stage}, ECE {100 * ece:.1f}%", **dots)
+        panel.set(title=title, xlabel="how sure", ylabel="how often right", aspect="equal", xlim=(0, 1), ylim=(0, 1))
+        if panel.collections:  # something was claimed
+            panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), markerscale=0.5, frameon=False, fontsize=8)
     return figure
 
 
@@ -77,7 +71,7 @@ def save_figure(figure: Figure, path: Path) -> list[Path]:
     written = []
     for suffix, metadata in ((".png", {}), (".svg", {"Date": None})):
         with terminal.replacing(path.with_suffix(suffix)) as file, load_extra("matplotlib").rc_context(SETTINGS):
-            figure.savefig(file, dpi=160, metadata=metadata, format=suffix[1:])
+            figure.savefig(file, dpi=120, metadata=metadata, format=suffix[1:])
         written.append(path.with_suffix(suffix))
     return written
 
@@ -86,7 +80,7 @@ def _panels(runs: Mapping[str, Claims]) -> tuple[Figure, list[tuple[Any, Mapping
     """An empty figure, and (axes, stages, title) of each of its panels."""
     kinds = list(next(iter(runs.values())))
     with load_extra("matplotlib").rc_context(SETTINGS):
-        size = PANEL_INCHES * len(runs), PANEL_INCHES * len(kinds)
+        size = PANEL_INCHES[0] * len(runs), PANEL_INCHES[1] * len(kinds)
         figure = load_extra(FIGURE).Figure(figsize=size, layout="constrained")
         axes = figure.subplots(len(kinds), len(runs), squeeze=False)
     return figure, [

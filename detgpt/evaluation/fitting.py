@@ -21,7 +21,6 @@ from detgpt.evaluation.metrics import load_extra
 
 BEST = "best"
 FOLDS = 5
-ROUNDING = 1e-12  # by which blocks of the same height may differ
 GROUP = 20  # claims of like confidence that are one point of an isotonic curve; a single one would be its end
 FEWEST = 10  # right ones, and wrong ones; from fewer a curve would be made up
 
@@ -95,8 +94,7 @@ def _fit_isotonic(confidences: np.ndarray, aims: np.ndarray) -> Isotonic:
     _, group, counts = np.unique(np.searchsorted(edges, confidences), return_inverse=True, return_counts=True)
     centres, means = (np.bincount(group, values) / counts for values in (confidences, aims))
     pooled = load_extra("scipy.optimize").isotonic_regression(means, weights=counts)
-    starts = pooled.blocks[:-1]
-    starts = starts[np.diff(pooled.x[starts], prepend=-np.inf) > ROUNDING]
+    starts = np.flatnonzero(np.diff(pooled.x, prepend=-1) > 1e-9)  # blocks may be equal
     knots = np.add.reduceat(centres * counts, starts) / np.add.reduceat(counts, starts)
     return Isotonic(tuple(knots.tolist()), tuple(pooled.x[starts].tolist()))
 

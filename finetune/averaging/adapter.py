@@ -6,7 +6,9 @@ What was trained beside the adapters ("modules_to_save", biases) is in the same 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -51,8 +53,11 @@ class Adapter:
             if shape is not None and shape != tensor.shape:
                 raise ModelError(f"{name!r} has the shape {list(tensor.shape)} in {base}, {list(shape)} in {folder}")
 
-    def rows(self, name: str, which: slice, base: torch.Tensor) -> torch.Tensor:
-        """Rows of the tensor, (rows, elements of a row), in the dtype of the `base` model's."""
+    def reader(self, name: str) -> AbstractContextManager[Callable[[slice, torch.Tensor], torch.Tensor]]:
+        """What gives rows of the tensor, (rows, elements of a row), in the dtype of the base model's."""
+        return nullcontext(partial(self._rows, name))
+
+    def _rows(self, name: str, which: slice, base: torch.Tensor) -> torch.Tensor:
         if name in self._whole:
             whole = self._whole[name]
             return whole.reshape(len(whole) if whole.ndim else 1, -1)[which].to(base.dtype)

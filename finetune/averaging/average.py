@@ -10,11 +10,13 @@ arXiv:2109.01903; with a ratio of its own for each group of blocks, Lin et al. 2
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from os import cpu_count
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -27,10 +29,10 @@ from detgpt.models import resolve
 from finetune.averaging.adapter import CONFIG as ADAPTER_CONFIG
 from finetune.averaging.adapter import Adapter, is_adapter
 from finetune.averaging.ratios import Ratios, of_tensors
-from finetune.averaging.weights import Stored, header, rows, shards, stored
+from finetune.averaging.weights import Stored, header, reader, shards, stored
 from finetune.rundir import is_pair, write_folder
 
-WORKERS = min(4, cpu_count() or 1)  # that read, compute and write at the same time
+WORKERS = 4  # at most, that read, compute and write at the same time
 WEIGHTS = frozenset([".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"])
 
 
@@ -91,33 +93,39 @@ class Merge:
             for shard in shards(self._base):
                 file = place / shard.name
                 file.write_bytes(header(shard))  # the same tensors at the same places
-                for written in pool.map(lambda piece, file=file: self._write(piece, file), self._pieces(shard)):
+                _reserve(file, shard.stat().st_size)
+                for written in pool.map(lambda stretch, file=file: self._write(stretch, file), self._stretches(shard)):
                     done += written
                     move(done >> 20, total >> 20)
 
-    def _pieces(self, shard: Path) -> Iterator[_Piece]:
+    def _stretches(self, shard: Path) -> Iterator[_Stretch]:
         for name, tensor in self._tensors.items():
             if tensor.file == shard:
-                yield from (_Piece(name, tensor, which) for which in tensor.pieces())
+                yield from (_Stretch(name, tensor, pieces) for pieces in tensor.stretches())
 
-    def _write(self, piece: _Piece, file: Path) -> int:
-        mixed = self._mixed(piece).contiguous().view(torch.uint8).numpy()
-        with file.open("r+b", buffering=0) as opened:
-            opened.seek(piece.tensor.start + piece.rows.start * piece.tensor.bytes_of_row)
-            opened.write(mixed.data)
-        return mixed.nbytes
+    def _write(self, stretch: _Stretch, file: Path) -> int:
+        """Average a stretch into its place in `file`. Returns its bytes."""
+        name, tensor, pieces = stretch
+        done = 0
+        with reader(tensor) as ours, self._theirs.reader(name) as theirs, file.open("r+b", buffering=0) as opened:
+            opened.seek(tensor.start + pieces[0].start * tensor.bytes_of_row)
+            for which in pieces:
+                mixed = self._mixed(name, ours(which), partial(theirs, which)).contiguous().view(torch.uint8).numpy()
+                if opened.write(mixed.data) != mixed.nbytes:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+                done += mixed.nbytes
+        return done
 
-    def _mixed(self, piece: _Piece) -> torch.Tensor:
-        name, tensor, which = piece
-        ratio = self._ratios[name]
-        ours = rows(tensor, which)
+    def _mixed(self, name: str, ours: torch.Tensor, read: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The average of rows of a tensor, in the place of `ours`; read: gives those of the tuned model."""
+        ratio, tensor = self._ratios[name], self._tensors[name]
         if ratio == 0:
             return ours
-        theirs = self._theirs.rows(name, which, ours)
+        theirs = read(ours)
         if ratio == 1:
             return theirs
         if tensor.is_float:
-            return torch.lerp(ours, theirs, ratio)
+            return torch.lerp(ours, theirs, ratio, out=ours)
         if tensor.shape and not torch.equal(ours, theirs):  # a counter may have counted on
             raise ModelError(
                 f"{name!r} is of {tensor.dtype} and differs: quantised weights have no average; give both models whole"
@@ -139,17 +147,20 @@ def folder_of(model: str | Path) -> Path:
         raise ModelError(f"{name!r} is no folder, and cannot be fetched from the hub: {error}") from error
 
 
-class _Piece(NamedTuple):
-    """Rows of a tensor."""
+class _Stretch(NamedTuple):
+    """Pieces of a tensor that lie one after the other."""
 
     name: str
     tensor: Stored
-    rows: slice
+    pieces: list[slice]
+
+
+Reader = Callable[[slice, torch.Tensor], torch.Tensor]  # rows of the tuned model, in the dtype of the base model's
 
 
 class _Tuned(Protocol):
-    def rows(self, name: str, which: slice, base: torch.Tensor) -> torch.Tensor:
-        """Rows of the tuned model's tensor, in the dtype of the `base` model's."""
+    def reader(self, name: str) -> AbstractContextManager[Reader]:
+        """What reads rows of the tuned model's tensor, given the base model's."""
 
 
 class _Whole:
@@ -169,8 +180,10 @@ class _Whole:
                     f"{name!r} is {here} in {base}, but {there} in {folder}: only like tensors can be averaged"
                 )
 
-    def rows(self, name: str, which: slice, base: torch.Tensor) -> torch.Tensor:
-        return rows(self._tensors[name], which)
+    @contextmanager
+    def reader(self, name: str) -> Iterator[Reader]:
+        with reader(self._tensors[name]) as rows:
+            yield lambda which, base: rows(which)
 
 
 @contextmanager
@@ -178,10 +191,17 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
     """Threads, each of which computes alone."""
     threads = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(min(WORKERS, threads), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield pool
     finally:
         torch.set_num_threads(threads)
+
+
+def _reserve(file: Path, size: int) -> None:
+    """Take the file's room on the disk at once: it fails before any work is done, and piece by piece is slower."""
+    if hasattr(os, "posix_fallocate"):  # not on a Mac
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, size)
 
 
 def _uniform(base_weight: float) -> float:

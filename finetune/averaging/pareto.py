@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -142,9 +143,9 @@ def table(volumes: Sequence[Measured]) -> str:
     rows = sorted((row for row in volumes if row["ability"] == MEAN), key=lambda row: -row["mean"])
     lines = ["| method | hypervolume | 95% | more than plain averaging | 95% |", "|---|---:|---:|---:|---:|"]
     for row in rows:
-        cells = [row["method"], f"{row['mean']:.4f}", f"{row['low']:.4f} to {row['high']:.4f}"]
+        cells = [row["method"], f"{row['mean']:.4f}", _range(row["low"], row["high"], ".4f")]
         if "more" in row:
-            cells += [f"{row['more']:+.4f}", f"{row['more_low']:+.4f} to {row['more_high']:+.4f}"]
+            cells += [f"{row['more']:+.4f}", _range(row["more_low"], row["more_high"], "+.4f")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -207,6 +208,11 @@ def _write_csv(file: Path, rows: Sequence[Measured]) -> None:
         writer = csv.DictWriter(lines, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def _range(low: float, high: float, form: str) -> str:
+    """Nothing where there was one seed."""
+    return "" if math.isnan(low) else f"{low:{form}} to {high:{form}}"
 
 
 def _short(value: Any) -> str:

@@ -14,6 +14,7 @@ from detgpt import terminal
 
 MARKERS = "osD^v<>PX*hp"
 SIZE = 4.2, 3.6  # inches, of a panel
+LEGEND = 1.6  # inches beside them
 COLUMNS = 3
 FORMATS = ("png", "svg")
 
@@ -25,8 +26,8 @@ def draw(file: Path, points: Sequence[Mapping[str, Any]], abilities: Sequence[st
     """
     columns = min(len(abilities), COLUMNS)
     rows = -(-len(abilities) // columns)
-    figure = Figure(figsize=(SIZE[0] * columns, SIZE[1] * rows + 0.9), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    figure = Figure(figsize=(SIZE[0] * columns + LEGEND, SIZE[1] * rows), layout="constrained")
+    panels = [*figure.subplots(rows, columns, squeeze=False).flat]
     for panel, ability in zip(panels, abilities, strict=False):
         for style, (method, settings) in zip(_styles(), _grouped(points, ability).items(), strict=False):
             every = [point for found in settings for point in found]
@@ -35,10 +36,10 @@ def draw(file: Path, points: Sequence[Mapping[str, Any]], abilities: Sequence[st
             panel.plot(*zip(*means, strict=True), label=method, linewidth=1, markersize=6, **style)
         panel.set(xlabel="reward on held-out wishes", ylabel=f"{ability} (%)")
         panel.grid(alpha=0.25)
-    for panel in panels:  # that are left over
+    for panel in panels[len(abilities) :]:
         panel.remove()
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize="small")
     for kind in FORMATS:
         with terminal.replacing(file.with_suffix(f".{kind}")) as partial, matplotlib.rc_context({"svg.hashsalt": "0"}):
             figure.savefig(partial, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)

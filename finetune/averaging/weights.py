@@ -1,7 +1,8 @@
 """The tensors in a checkpoint's folder, read a few rows at a time: a model of any size in a few megabytes.
 
     tensors = stored(Path("models/kitchen"))            # {"model.norm.weight": Stored(…), …}; no weights are read
-    rows(tensors["model.norm.weight"], slice(0, 8))
+    with reader(tensors["model.norm.weight"]) as rows:
+        rows(slice(0, 8))
 
 A safetensors file is eight bytes with the length of its header, the header in JSON, and the tensors' bytes
 (https://github.com/huggingface/safetensors#format).
@@ -10,7 +11,8 @@ A safetensors file is eight bytes with the length of its header, the header in J
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from detgpt.errors import ModelError
 
 LENGTH = 8  # bytes that say how long the header is
 PIECE = 1 << 20  # bytes that are worked on at a time: what a core's cache holds is fastest
+TOGETHER = 64  # pieces that one thread goes through, in files that it opens once
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -53,11 +56,13 @@ class Stored:
         """Whether its elements are numbers that can be averaged; 8 bits and less are codes of a quantisation."""
         return self.dtype in FLOATS
 
-    def pieces(self) -> Iterator[slice]:
-        """Its rows, about PIECE bytes at a time."""
+    def stretches(self) -> Iterator[list[slice]]:
+        """Its rows in pieces of about PIECE bytes, as many of them as are worked on TOGETHER."""
         step = max(1, PIECE // max(self.bytes_of_row, 1))
-        for first in range(0, self.rows if self.bytes else 0, step):
-            yield slice(first, min(first + step, self.rows))
+        rows = self.rows if self.bytes else 0
+        pieces = [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
+        for first in range(0, len(pieces), TOGETHER):
+            yield pieces[first : first + TOGETHER]
 
 
 def stored(folder: Path, name: str = SAFE_WEIGHTS_NAME) -> dict[str, Stored]:
@@ -92,11 +97,24 @@ def header(file: Path) -> bytes:
         return length + opened.read(int.from_bytes(length, "little"))
 
 
-def rows(tensor: Stored, which: slice) -> torch.Tensor:
-    """(rows, elements of a row), in the tensor's own dtype; bytes where it is no float."""
-    start, count = tensor.start + which.start * tensor.bytes_of_row, which.stop - which.start
-    read = np.fromfile(tensor.file, np.uint8, count * tensor.bytes_of_row, offset=start)
-    return torch.from_numpy(read).view(FLOATS.get(tensor.dtype, torch.uint8)).reshape(count, -1)
+@contextmanager
+def reader(tensor: Stored) -> Iterator[Callable[[slice], torch.Tensor]]:
+    """What reads rows of the tensor: (rows, elements of a row), in its own dtype; bytes where it is no float.
+
+    They are the caller's until the next ones are read, into the same memory.
+    """
+    room = np.empty(max(PIECE, tensor.bytes_of_row), np.uint8)
+
+    def rows(which: slice) -> torch.Tensor:
+        count = which.stop - which.start
+        read = room[: count * tensor.bytes_of_row]
+        file.seek(tensor.start + which.start * tensor.bytes_of_row)
+        if file.readinto(read.data) != read.nbytes:
+            raise ModelError(f"{tensor.file} ends before its last tensor: it has changed while it was read")
+        return torch.from_numpy(read).view(FLOATS.get(tensor.dtype, torch.uint8)).reshape(count, -1)
+
+    with tensor.file.open("rb", buffering=0) as file:
+        yield rows
 
 
 def _tensors(file: Path) -> dict[str, Stored]:
