@@ -15,6 +15,7 @@ FAMILY_OF = {
     "grpo-picto": None,
     "reward-picto": None,
     "pareto-picto/base": None,
+    "first-picto/teacher": None,
     "qwen3-vl-2b-lora": "Qwen3-VL",
     "llava-1.5-7b/align": "LLaVA 1.5",
     "llava-1.5-7b/instruct": "LLaVA 1.5",
