@@ -62,7 +62,7 @@ class OcrReader:
         seen = image.resize((round(image.width * enlarged), round(image.height * enlarged))) if enlarged > 1 else image
         blue_green_red = np.ascontiguousarray(np.asarray(seen)[:, :, ::-1])
         with self._lock:
-            found = self._engine(blue_green_red)
+            found: Any = self._engine(blue_green_red)
         return "\n".join(found.txts or ())
 
 
