@@ -29,6 +29,7 @@ import csv
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,7 +139,8 @@ def run(config: Config) -> None:
         reliability({name: {"targets": {RAW: claims}} for name, claims in every.items()}), folder / "reliability"
     )
     terminal.note(text)
-    rundir.finish(folder, {f"{name} {key}": value[0] for name, of in means.items() for key, value in of.items()})
+    known = {f"{name} {key}": value[0] for name, of in means.items() for key, value in of.items()}
+    rundir.finish(folder, {name: value for name, value in known.items() if not isnan(value)})
 
 
 def _caches(config: Config) -> dict[str, Path]:
