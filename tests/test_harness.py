@@ -65,7 +65,10 @@ def test_a_missing_harness_is_told_with_its_extra(monkeypatch: pytest.MonkeyPatc
     ("arguments", "message"),
     [
         (["--harness", "arc_easy"], "give --abilities too"),
-        (["--abilities", "--harness-tasks", "mine"], "--harness-tasks mine: say with --harness which"),
+        (
+            ["--abilities", "--harness-tasks", "mine"],
+            "--harness-tasks mine: say with --harness or --vision-harness which",
+        ),
     ],
 )
 def test_half_a_command_is_told(arguments: list[str], message: str) -> None:

@@ -18,6 +18,7 @@ from detgpt.evaluation.harness import Harness
 from detgpt.evaluation.metrics import load_extra
 from detgpt.evaluation.readers import FORMATS, read_dataset
 from detgpt.evaluation.samples import Samples
+from detgpt.evaluation.vision_harness import VisionHarness
 from detgpt.flags import Choice
 from detgpt.models import load_reasoner
 from detgpt.reasoners import Reasoner
@@ -55,7 +56,10 @@ def eval_command(
         str | None,
         typer.Option(metavar="TASK[,TASK…]", help="With --abilities: tasks of the lm-evaluation-harness too."),
     ] = None,
-    harness_tasks: Annotated[Path | None, typer.Option(help="A folder with task files of your own for it.")] = None,
+    vision_harness: Annotated[
+        str | None, typer.Option(metavar="TASK[,TASK…]", help="With --abilities: tasks of lmms-eval too.")
+    ] = None,
+    harness_tasks: Annotated[Path | None, typer.Option(help="A folder with task files of your own for these.")] = None,
     safety: Annotated[
         bool, typer.Option("--safety", help="DATA are attacks, which one model meets without a guard and with it.")
     ] = False,
@@ -92,7 +96,7 @@ def eval_command(
     detgpt eval --safety finetune/protector/splits/attacks --utility finetune/picto/splits/seen
     """
     with terminal.reporting(debug):
-        tasks = _harness(harness, harness_tasks, abilities)
+        tasks = _harnesses(harness, vision_harness, harness_tasks, abilities)
         data = data or []
         if not data and not tasks:
             raise typer.BadParameter("give a folder or a file", param_hint="DATA")
@@ -213,14 +217,17 @@ def bench_build_command(
         terminal.print_json(about["counts"])
 
 
-def _harness(tasks: str | None, folder: Path | None, abilities: bool) -> Harness | None:
-    if tasks is None:
+def _harnesses(
+    tasks: str | None, vision_tasks: str | None, folder: Path | None, abilities: bool
+) -> list[Harness | VisionHarness]:
+    if not (tasks or vision_tasks):
         if folder is not None:
-            raise InputError(f"--harness-tasks {folder}: say with --harness which of its tasks are meant")
-        return None
+            raise InputError(f"--harness-tasks {folder}: say with --harness or --vision-harness which of its tasks")
+        return []
     if not abilities:
-        raise InputError("--harness measures what a language model can do: give --abilities too")
-    return Harness(tasks.split(","), folder)
+        raise InputError("--harness and --vision-harness measure what a model can do: give --abilities too")
+    text = [Harness(tasks.split(","), folder)] if tasks else []
+    return [*text, *([VisionHarness(vision_tasks.split(","), folder)] if vision_tasks else [])]
 
 
 def _refuse(reason: str, **options: Any) -> None:

@@ -22,6 +22,7 @@ from detgpt.evaluation.abilities import (
 )
 from detgpt.evaluation.harness import Harness
 from detgpt.evaluation.tables import markdown
+from detgpt.evaluation.vision_harness import VisionHarness
 
 
 @dataclass
@@ -75,9 +76,9 @@ def compare(
     batch_size: int,
     loading: Mapping[str, Any],
     debug: bool,
-    harness: Harness | None = None,
+    harnesses: Sequence[Harness | VisionHarness] = (),
 ) -> Comparison:
-    """Ask every model about the abilities in the folders `places`, then by the tasks of `harness`.
+    """Ask every model about the abilities in the folders `places`, then by the tasks of `harnesses`.
 
     loading: device and dtype.
     """
@@ -87,7 +88,7 @@ def compare(
         comparison.results[model] = (
             _asked(comparison, model, abilities, batch_size, loading, debug) if abilities else {}
         )
-        if harness:
+        for harness in harnesses:
             tasks = harness.measure(model, limit=limit, batch_size=batch_size, **loading)
             comparison.results[model] |= tasks
     return comparison

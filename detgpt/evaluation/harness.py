@@ -36,16 +36,8 @@ class Harness:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise MissingExtraError(error.name or "lm_eval", "harness") from error
-        if folder is not None and not Path(folder).is_dir():
-            raise InputError(f"there is no folder {folder}: give one with task files (.yaml)")
-        self.tasks = list(dict.fromkeys(tasks))
-        self._manager = TaskManager(include_path=None if folder is None else str(folder))
-        known = self._manager.all_tasks
-        for task in self.tasks:
-            if task not in known:
-                near = difflib.get_close_matches(task, known)
-                hint = f"did you mean {' or '.join(near)}?" if near else "`lm_eval ls tasks` lists them all."
-                raise InputError(f"the harness has no task {task!r}: {hint}")
+        self._manager = manager(TaskManager, folder)
+        self.tasks = known(tasks, self._manager, "the harness", "lm_eval ls tasks")
 
     def measure(
         self,
@@ -74,6 +66,23 @@ class Harness:
         )
         counts = found["n-samples"]  # of the tasks; their groups have none
         return dict(_result(task, found["results"][task], count["effective"]) for task, count in counts.items())
+
+
+def manager(kind: Any, folder: str | Path | None) -> Any:
+    """A library's TaskManager, with the tasks in `folder` too. Raises `InputError` where there is no such folder."""
+    if folder is not None and not Path(folder).is_dir():
+        raise InputError(f"there is no folder {folder}: give one with task files (.yaml)")
+    return kind(include_path=None if folder is None else str(folder))
+
+
+def known(tasks: Sequence[str], manager: Any, library: str, listing: str) -> list[str]:
+    """The tasks, each once. Raises `InputError` for one that there is not. listing: the command that lists them all."""
+    for task in tasks:
+        if task not in manager.all_tasks:
+            near = difflib.get_close_matches(task, manager.all_tasks)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"`{listing}` lists them all."
+            raise InputError(f"{library} has no task {task!r}: {hint}")
+    return list(dict.fromkeys(tasks))
 
 
 def load(model: str | Path, device: str | None, dtype: str | None) -> tuple[Any, Any]:
@@ -107,12 +116,13 @@ def _result(task: str, numbers: Mapping[str, Any], n: int) -> tuple[str, Ability
             if comma and name == metric:
                 scale = 100 if metric in IN_PERCENT or OF_SQUAD_2 in numbers else 1
                 error = numbers.get(f"{metric}_stderr,{filter_}")
-                return f"{task} · {metric}", _scaled(numbers[key], error, scale, n)
+                return f"{task} · {metric}", scaled(numbers[key], error, scale, n)
     measured = sorted({key.partition(",")[0] for key in numbers if "," in key and "_stderr" not in key})
     raise InputError(f"the task {task!r} measures {', '.join(measured)}, none of {', '.join(METRICS)}: leave it out")
 
 
-def _scaled(value: float, error: Any, scale: int, n: int) -> AbilityResult:
+def scaled(value: float, error: Any, scale: int, n: int) -> AbilityResult:
+    """A number of a harness, and its standard error if that is one, as shares of `scale`."""
     value = value / scale
     if not isinstance(error, (int, float)):  # "N/A"
         return AbilityResult(value, None, None, n)
