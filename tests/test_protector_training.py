@@ -188,7 +188,7 @@ def test_the_recipe_makes_a_guard_in_miniature(tmp_path, monkeypatch):
     guard = tmp_path / "build/guard/assembled/guard"
     described = json.loads((guard / "guard.json").read_text())
     assert {"detector": "detector", "detoxifier": "detoxifier"}.items() <= described.items()
-    assert 0 < described["threshold"] <= 1 and set(described["refusals"]) == set(described["categories"])
+    assert 0 < described["threshold"] < 1 and set(described["refusals"]) == set(described["categories"])
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     classifier = AutoModelForSequenceClassification.from_pretrained(guard / "detector")
@@ -196,7 +196,7 @@ def test_the_recipe_makes_a_guard_in_miniature(tmp_path, monkeypatch):
     assert [classifier.config.id2label[1 + i] for i in range(len(described["categories"]))] == described["categories"]
     assert AutoModelForCausalLM.from_pretrained(guard / "detoxifier").config.max_position_embeddings >= 512
     run = json.loads((tmp_path / "build/guard/assembled/run.json").read_text())
-    assert run["metrics"]["test_auroc"] > 0.55  # five short epochs on few exchanges: better than chance
+    assert run["metrics"]["test_auroc"] > 0.6  # five short epochs: better than chance
     card = (guard / "README.md").read_text()
     assert f"{100 * run['metrics']['test_auroc']:.1f}" in card and (guard / "roc.png").is_file()
     before = (guard / "guard.json").stat().st_mtime_ns
