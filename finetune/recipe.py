@@ -38,7 +38,7 @@ STAGES = {
     "hma": "finetune.averaging.hma",
     "distill": "finetune.distill.student",
     "distill.cache": "finetune.distill.teacher",
-    "distill.student": "finetune.distill.fresh",
+    "distill.fresh": "finetune.distill.fresh",
     "first": "finetune.distill.study",
     "pareto": "finetune.averaging.pareto",
     "compare": "finetune.preference.compare",

@@ -10,14 +10,14 @@ from families import FAMILIES, chatml, tokenizer
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from detgpt import DetGPT
 from detgpt.errors import InputError, ModelError
 from finetune.batching import collator
 from finetune.data.records import load_records
 from finetune.distill import fresh, student, teacher
-from finetune.distill.fresh import language_parameters, smaller
+from finetune.distill.fresh import language_parameters, resized
 from finetune.distill.loss import dense_kl
 from finetune.distill.student import answered_logits
 from finetune.distill.temper import temper
@@ -190,10 +190,37 @@ def test_a_fresh_student_is_smaller_and_sees_as_its_teacher_does(place):
             assert torch.equal(tensor, theirs[name])
     ours = dict(small.named_parameters())["model.language_model.layers.1.self_attn.q_proj.weight"]
     assert torch.equal(ours, theirs["model.language_model.layers.3.self_attn.q_proj.weight"][:64, :64])
-    with pytest.raises(InputError, match=r"language\.hidden_size=256: the teacher has 192"):
-        smaller(big, {"hidden_size": 256})
+    with pytest.raises(InputError, match=r"language\.hidden_size=256: 192 is the other's"):
+        resized(big, {"hidden_size": 256})
     with pytest.raises(InputError, match=r"language\.width: a 'llama' configuration has no such number"):
-        smaller(big, {"width": 2})
+        resized(big, {"width": 2})
+
+
+def test_a_deeper_teacher_begins_with_what_the_model_says_and_learns_in_every_layer(place):
+    model, processor = load(Checkpoint(model="picto"), "float32")
+    deeper = resized(model, {"num_hidden_layers": 6})
+    assert language_parameters(deeper) > 1.3 * language_parameters(model)
+    tokens = processor.tokenizer("What is in this picture?", return_tensors="pt")
+    said = [one.eval()(**tokens, labels=tokens.input_ids) for one in (model, deeper)]
+    torch.testing.assert_close(said[1].logits, said[0].logits, atol=1e-4, rtol=1e-4)
+    said[1].loss.backward()
+    layers = deeper.get_decoder().layers
+    for layer in layers:
+        assert layer.self_attn.o_proj.weight.grad.abs().max() > 0 and layer.mlp.down_proj.weight.grad.abs().max() > 0
+    assert [bool((layer.mlp.down_proj.weight == 0).all()) for layer in layers] == [
+        False,
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]
+
+
+def test_layers_are_not_added_where_they_would_change_what_is_said():
+    shape = {"n_embd": 16, "n_head": 2, "vocab_size": 50, "n_positions": 16}
+    with pytest.raises(InputError, match="layers are added to models whose blocks end in"):
+        resized(GPT2LMHeadModel(GPT2Config(n_layer=2, **shape)), {"num_hidden_layers": 3})
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
     detgpt-finetune run first-picto
 
-With each seed a fresh student of the teacher (`distill.student`) is taught by every method on the same records, steps
+With each seed a fresh student of the teacher (`distill.fresh`) is taught by every method on the same records, steps
 and settings, and asked wishes that none has learned:
 
     SFT                       the true tokens alone
@@ -74,7 +74,7 @@ SCALED = "SFT + temperature"
 
 class Config(StageConfig):
     """teacher: a model's name. detector: the other half of the students' pairs. student: `language` of stage
-    `distill.student`. train: what all learn. validation: held-out records, on which temperatures and smoothing are
+    `distill.fresh`. train: what all learn. validation: held-out records, on which temperatures and smoothing are
     fitted. answers: new records, whose true tokens are measured. wishes: folders of wishes by name, each with its
     targets; `limit` of each. k: tokens that are kept. distill: further settings of stage `distill`.
     """
