@@ -93,7 +93,8 @@ def _fill(model: Any, other: Any) -> None:
     if ours > given:
         source = [layer * given // ours for layer in range(ours)]
         if not {part for name in theirs if _LAYER.search(name) for part in name.split(".")} >= OUTPUTS:
-            raise InputError(f"language.{LAYERS}={ours}: layers are added to models whose blocks end in {sorted(OUTPUTS)}")
+            ends = " and ".join(sorted(OUTPUTS))
+            raise InputError(f"language.{LAYERS}={ours}: layers are added to models whose blocks end in {ends}")
     for name, tensor in model.state_dict().items():
         its = _LAYER.sub(lambda found: f"{found['layers']}.{source[int(found['layer'])]}.", name)
         tensor.copy_(theirs[its][tuple(slice(size) for size in tensor.shape)])
