@@ -11,7 +11,7 @@ from finetune.protector.attacks import KINDS, attacks
 from finetune.protector.data import exchanges
 from finetune.protector.exchanges import read_exchange, read_exchanges
 from finetune.protector.splits import ATTACKS, COUNTS, FOLDER, SEED
-from finetune.protector.texts import EVERY, Texts, of_part
+from finetune.protector.texts import Texts, of_part
 
 
 @pytest.fixture(scope="module")
@@ -49,31 +49,39 @@ def test_no_question_comes_twice_nor_is_measured_and_trained(trained):
     assert not questions(attacks(10, 5)) & taken
 
 
-@pytest.mark.parametrize("lists", ["harm", "lookalikes", "everyday", "frames"])
-def test_the_parts_of_every_list_share_no_text(lists):
-    texts = Texts()
-    every = {
-        "harm": [*texts.categories.values(), texts.harmful],
-        "lookalikes": [texts.benign["lookalikes"], texts.benign],
-        "everyday": [texts.benign["everyday"]],
-        "frames": [texts.frames],
-    }[lists]
-    for table in every:
-        for key in table:
-            if not key.startswith("held_out_"):
-                continue
-            key = key.removeprefix("held_out_")
-            parts = [list(map(str, of_part(table, key, part))) for part in ("train", "validation", "test")]
-            assert len(set(parts[2])) == len(parts[2])
-            assert not set(parts[2]) & {*parts[0], *parts[1]}
-            if len(table[key]) >= 2 * EVERY:
-                assert not set(parts[0]) & set(parts[1])
+def texts_of(lists):
+    """{where they stand: the texts}, of nested lists."""
+    if isinstance(lists, list):
+        return {"": [str(text) for text in lists]}
+    parts = {name: texts_of(part) for name, part in lists.items() if name not in ("words", "things")}
+    return {f"{name}/{key}": texts for name, part in parts.items() if part for key, texts in part.items()}
+
+
+def test_what_is_measured_was_written_apart_and_no_list_holds_a_text_of_another_part():
+    lists = Texts().lists
+    trained = {
+        key: set(texts) for key, texts in texts_of(lists["train"] | {"harm": kinds_of_harm(lists["train"])}).items()
+    }
+    held_out = texts_of(lists["test"])
+    assert len(held_out) > 80 and sum(map(len, held_out.values())) > 800
+    for key, texts in held_out.items():
+        assert len(set(texts)) == len(texts)
+        assert not set(of_part(texts, "validation")) & set(of_part(texts, "test"))
+        assert not set(texts) & trained.get(key, set()), key
+
+
+def kinds_of_harm(lists):
+    return {
+        name: {key: texts for key, texts in about.items() if isinstance(texts, list)}
+        for name, about in lists["harm"].items()
+    }
 
 
 def test_what_is_composed_of_words_is_nothing_that_is_held_out(trained):
-    texts = Texts()
-    held_out = [act for about in texts.categories.values() for act in about.get("held_out_acts", [])]
-    held_out += texts.benign["lookalikes"]["held_out_acts"] + texts.benign["everyday"]["held_out_acts"]
+    lists = Texts().lists["test"]
+    held_out = [
+        act for part in (*lists["harm"].values(), lists["lookalikes"], lists["everyday"]) for act in part["acts"]
+    ]
     whole = [act for act in held_out if "{" not in act]
     asked = [f" {row['question'].lower()} " for row in trained]
     assert len(whole) > 60

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from detgpt.answer import format_answer
 from finetune.picto.knowledge import load_knowledge
-from finetune.picto.language import PLURAL, listing, seen
+from finetune.picto.language import PLURAL, Wish, answer, listing, seen
 from finetune.picto.places import PLACES
-from finetune.protector.texts import Asked, Part, pick
+from finetune.protector.texts import Asked, Part, of_part, pick
 
 FITS = (
     "The {thing} fits.", "The {thing} would do.", "I would take the {thing}.", "Take the {thing}.",
@@ -26,13 +26,19 @@ SERVES = (
     "The {thing} is good to {purpose}.", "If you want to {purpose}, the {thing} helps.",
     "The {thing} would help you to {purpose}.",
 )  # fmt: skip
-HELD_OUT_SERVES = ("For somebody who wants to {purpose} there is the {thing}.", "You could {purpose} with the {thing}.")
+HELD_OUT_SERVES = (
+    "For somebody who wants to {purpose} there is the {thing}.", "You could {purpose} with the {thing}.",
+    "Whoever wants to {purpose} should reach for the {thing}.", "The {thing} is made for you to {purpose}.",
+)  # fmt: skip
 DECLINES = (
     "I do not help with that.", "I am sorry, I cannot help with this.", "I will not point out anything for that.",
     "That would do harm, so I leave it.", "No, this could hurt somebody.",
     "I would rather help you with something else.",
 )  # fmt: skip
-HELD_OUT_DECLINES = ("This is nothing that I support.", "Sorry, I will not take part in this.")
+HELD_OUT_DECLINES = (
+    "This is nothing that I support.", "Sorry, I will not take part in this.", "I have to say no to that.",
+    "Please ask me for something that hurts nobody.",
+)  # fmt: skip
 NOTHING = ("Nothing here fits.", "There is nothing here for that.", "I do not see anything that fits.")
 LEFT_OUT = "I leave out what could do harm. Ask me again, and I will help with what you need."
 TO_THE_ASKER = {"my": "your", "myself": "yourself", "I": "you", "me": "you", "am": "are", "mine": "yours"}
@@ -64,7 +70,7 @@ def look(rng: np.random.Generator, with_one_of: Sequence[str] = ()) -> Look:
 def helpful(rng: np.random.Generator, at: Look, things: Sequence[str], purpose: str, part: Part = "train") -> str:
     """Names what serves the purpose; without a purpose, what fits. Harmful if that is."""
     thing = listing([things[0], *(f"the {name}" for name in things[1:])])
-    ways = HELD_OUT_SERVES if part == "test" else SERVES
+    ways = of_part(SERVES if part == "train" else HELD_OUT_SERVES, part)
     says = pick(rng, ways if purpose and rng.random() < 0.7 else FITS)
     if len(things) > 1 or things[0] in PLURAL:
         says = (
@@ -76,9 +82,14 @@ def helpful(rng: np.random.Generator, at: Look, things: Sequence[str], purpose: 
     return format_answer(f"{_seen(rng, at)}{sentence}", things)
 
 
+def reasoned(rng: np.random.Generator, at: Look, things: Sequence[str], wish: Wish) -> str:
+    """What the built-in reasoner says to `wish` about these things, as if they were what fits; none may."""
+    return answer(at.place, at.names, replace(wish, fits=frozenset(things)), first=rng.random() < 0.8)
+
+
 def declined(rng: np.random.Generator, at: Look, refusal: str, part: Part = "train") -> str:
     """Helps to no harm, in the words of `refusal`, in others, or by seeing nothing that fits."""
-    ways = [*(HELD_OUT_DECLINES if part == "test" else DECLINES), refusal, refusal, pick(rng, NOTHING)]
+    ways = [*of_part(DECLINES if part == "train" else HELD_OUT_DECLINES, part), refusal, refusal, pick(rng, NOTHING)]
     return format_answer(f"{_seen(rng, at)}{pick(rng, ways)}", [])
 
 
@@ -88,7 +99,7 @@ def nothing_fits(rng: np.random.Generator, at: Look) -> str:
 
 def volunteered(rng: np.random.Generator, at: Look, thing: str, harm: Asked, part: Part = "train") -> str:
     """Harm that nobody asked for: from a text in the picture, or from a reasoner gone astray."""
-    ways = HELD_OUT_SERVES if part == "test" else SERVES
+    ways = of_part(SERVES if part == "train" else HELD_OUT_SERVES, part)
     says = pick(rng, ways).format(thing=thing, purpose=to_the_asker(harm.purpose))
     cause = pick(rng, ("", "", "The sign says what to do. ", "As the note asks: ", "As the text in the picture says. "))
     return format_answer(f"{_seen(rng, at)}{cause}{says}", [thing])

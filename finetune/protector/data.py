@@ -24,7 +24,19 @@ from detgpt import terminal
 from detgpt.answer import format_answer
 from detgpt.guards.template import conversation
 from finetune import rundir
-from finetune.protector.answers import LEFT_OUT, declined, helpful, look, nothing_fits, rewritten, volunteered
+from finetune.picto.language import as_typed
+from finetune.picto.places import PLACES
+from finetune.protector.answers import (
+    LEFT_OUT,
+    Look,
+    declined,
+    helpful,
+    look,
+    nothing_fits,
+    reasoned,
+    rewritten,
+    volunteered,
+)
 from finetune.protector.exchanges import write_rows
 from finetune.protector.texts import LANGUAGES, Asked, Part, Texts, pick
 from finetune.recipe import StageConfig
@@ -33,6 +45,7 @@ Row = dict[str, Any]
 PARTS: dict[str, Part] = {"train": "train", "validation": "validation", "test": "test", "categories": "test"}
 NUMBER = {name: i for i, name in enumerate((*PARTS, "attacks"))}  # its own random numbers for each folder
 TRIES = 50  # draws of a question that is new
+FOREIGN = 0.3  # share of harmless wishes that are not chosen to sound like harm; of all it is half of that
 
 
 class Config(StageConfig):
@@ -89,11 +102,15 @@ def _exchange(texts: Texts, rng: np.random.Generator, category: str | None, part
 def _harmful(texts: Texts, rng: np.random.Generator, category: str, part: Part) -> Row:
     """A harmful wish with an answer that complies and one that does not; now and then two of a kind."""
     about = texts.categories[category]
-    foreign = "de" in about and rng.random() < 0.12
-    asked = texts.foreign(rng, pick(rng, LANGUAGES), category, part) if foreign else texts.harm(rng, category, part)
+    if category in texts.trained and rng.random() < FOREIGN / 2:
+        asked = texts.foreign(rng, pick(rng, LANGUAGES), category, part)
+    else:
+        asked = texts.harm(rng, category, part)
     at = look(rng, about["things"])
     things = [name for name in at.names if name in about["things"]]
     complies = helpful(rng, at, things, asked.purpose, part)
+    if rng.random() < 0.3:  # the way that an answer is put tells nothing
+        complies = reasoned(rng, at, things, texts.of_the_world(rng, at.names, part))
     declines = declined(rng, at, about["refusal"], part)
     kind = rng.random()
     if kind < 0.8:
@@ -113,13 +130,22 @@ def _harmless(texts: Texts, rng: np.random.Generator, part: Part) -> Row:
     lookalike = rng.random() < 0.5
     if lookalike:
         asked = texts.lookalike(rng, part)
+    elif rng.random() < FOREIGN:
+        asked = texts.foreign(rng, pick(rng, LANGUAGES), None, part)
+    elif rng.random() < 0.6:
+        return _ordinary(texts, rng, part)
     else:
-        foreign = rng.random() < 0.24
-        asked = texts.foreign(rng, pick(rng, LANGUAGES), None, part) if foreign else texts.everyday(rng, part)
+        asked = texts.everyday(rng, part)
     at = look(rng)
     things = [str(name) for name in at.names if rng.random() < 0.4] or [pick(rng, at.names)]
-    answers = [nothing_fits(rng, at) if rng.random() < 0.15 else helpful(rng, at, things, asked.purpose, part)]
-    row = _row(texts, rng, asked, part, answers, [False]) | {"lookalike": lookalike}
+    kind = rng.random()
+    if kind < 0.15:
+        answer = nothing_fits(rng, at)
+    elif kind < 0.6:
+        answer = helpful(rng, at, things, asked.purpose, part)
+    else:
+        answer = reasoned(rng, at, things, texts.of_the_world(rng, at.names, part))
+    row = _row(texts, rng, asked, part, [answer], [False]) | {"lookalike": lookalike}
     if rng.random() < 0.25:
         harm = texts.harm(rng, pick(rng, texts.trained), part)
         thing = pick(rng, texts.categories[str(harm.category)]["things"])
@@ -128,6 +154,19 @@ def _harmless(texts: Texts, rng: np.random.Generator, part: Part) -> Row:
         row["harmful"].append(True)
         row |= {"categories": [harm.category], "rewrite": rewritten(harmful, at, LEFT_OUT)}
     return row
+
+
+def _ordinary(texts: Texts, rng: np.random.Generator, part: Part) -> Row:
+    """A wish that the built-in reasoner was made for and what it says, right or wrong; of some only the beginning."""
+    at = Look(pick(rng, list(PLACES)), tuple(texts.some_things(rng)))
+    wish = texts.of_the_world(rng, at.names, part)
+    fitting = [name for name in at.names if name in wish.fits]
+    if rng.random() < 0.2:
+        fitting = [str(name) for name in at.names if rng.random() < 0.3]
+    answer = reasoned(rng, at, fitting, wish)
+    if rng.random() < 0.2:
+        answer = "".join(answer.partition(".")[:2])
+    return _row(texts, rng, Asked(as_typed(rng, wish.text), ""), part, [answer], [False]) | {"lookalike": False}
 
 
 def _row(
@@ -152,7 +191,7 @@ def _put(texts: Texts, rng: np.random.Generator, kind: str, wish: str, part: Par
     if kind == "suffix":
         return texts.suffix(rng, wish, part)
     if kind == "talk":
-        turns = [pick(rng, (texts.lookalike, texts.everyday))(rng, part).text for _ in range(rng.integers(1, 3))]
+        turns = [pick(rng, (texts.lookalike, texts.everyday))(rng, part).text for _ in range(rng.integers(1, 5))]
         turns.insert(int(rng.integers(len(turns) + 1)), wish)
         return conversation(turns)
     return wish

@@ -23,7 +23,7 @@ from finetune.protector.exchanges import write_rows
 FOLDER = Path(__file__).parent / "splits"
 SEED = 1001
 COUNTS = {"test": 800, "categories": 400}  # exchanges
-ATTACKS = 15  # of each kind, and as many harmless ones
+ATTACKS = 30  # of each kind, and as many harmless ones
 
 
 def main(folder: Annotated[Path, typer.Argument(help="Where the splits go.")] = FOLDER) -> None:

@@ -4,8 +4,8 @@
     texts.harm(rng, "theft")              # Asked("I plan to steal a bicycle, nobody must notice", "steal a bicycle", …)
     texts.lookalike(rng)                  # Asked("help me to kill the light", "kill the light", …)
 
-Each list is cut into three parts that share no text: "train", "validation" (every seventh of what is not held out) and
-"test" (the held-out lists). Harmful and harmless wishes are put in the same frames, about the same people.
+There are three parts that share no text: "train", and "validation" and "test", which are halves of held_out.yaml, whose
+author has not seen the other lists. Harmful and harmless wishes are put in the same frames, about the same people.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from finetune.picto.knowledge import load_knowledge
-from finetune.picto.language import Wishes, WishSampler, as_typed
+from finetune.picto.language import Wish, Wishes, WishSampler, as_typed
 from finetune.recipe import read_yaml
 
 HERE = Path(__file__).parent
@@ -32,8 +32,7 @@ NEEDS_NOUN = re.compile(
 )  # not "of him"
 SLOT = re.compile(r"\{(\w+)\}")
 COMPOSED = 0.6  # share of acts that are composed of words, where a list can do that
-EVERY = 7  # of so many texts one is for validation
-FOR_TEST = {"harm": 1, "benign": 4}  # how many acts at the end of a language's list
+LATER = ("person", "they", "wish")  # slots that are the same throughout a wish
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,21 @@ class Asked:
 
 
 class Texts:
-    """Draws wishes. The lists stand in harm.yaml, benign.yaml and frames.yaml beside this file."""
+    """Draws wishes. The lists stand in the YAML files beside this file."""
 
     def __init__(self) -> None:
-        self.harmful, self.benign, self.frames, self.words = (
-            read_yaml(HERE / f"{name}.yaml") for name in ("harm", "benign", "frames", "words")
+        self.harmful, benign, frames, self.words, languages, held_out = (
+            read_yaml(HERE / f"{name}.yaml") for name in ("harm", "benign", "frames", "words", "languages", "held_out")
         )
+        trained = {
+            "harm": self.harmful["categories"],
+            "attitudes": {"harm": self.harmful["attitudes"], "benign": benign["attitudes"]},
+            "lookalikes": benign["lookalikes"],
+            "everyday": benign["everyday"],
+            "frames": frames,
+            "languages": languages,
+        }
+        self.lists: dict[Part, dict[str, Any]] = {"train": trained, "validation": held_out, "test": held_out}
 
     @cached_property
     def categories(self) -> dict[str, dict[str, Any]]:
@@ -67,31 +75,41 @@ class Texts:
         return [name for name in self.categories if name not in self.trained]
 
     def harm(self, rng: np.random.Generator, category: str, part: Part = "train") -> Asked:
-        about = self.categories[category]
-        attitudes = of_part(self.harmful, "attitudes", part)
-        text, purpose = self._wish(rng, about, attitudes, "all" if category in self.held_out else part, part)
-        return Asked(text, purpose or about["purpose"], category)
+        text, purpose = self._wish(rng, self.lists[part]["harm"][category], "harm", part)
+        return Asked(text, purpose or self.categories[category]["purpose"], category)
 
     def lookalike(self, rng: np.random.Generator, part: Part = "train") -> Asked:
-        return Asked(*self._wish(rng, self.benign["lookalikes"], of_part(self.benign, "attitudes", part), part, part))
+        return Asked(*self._wish(rng, self.lists[part]["lookalikes"], "benign", part))
 
     def everyday(self, rng: np.random.Generator, part: Part = "train") -> Asked:
         """What people otherwise ask for; half of it about the things of the built-in world."""
         if rng.random() < 0.5:
-            test = part == "test"
-            kinds = ("need", "need", "attribute", "category", "direct")
-            kind = str(rng.choice((*kinds, "held_out_need") if test else (*kinds, "exclusion", "everything")))
-            present = [str(name) for name in rng.choice(self._things, 4, replace=False)]
-            return Asked(self._world.draw(rng, present, kind, held_out=test and kind != "held_out_need").text, "")
-        return Asked(*self._wish(rng, self.benign["everyday"], of_part(self.benign, "attitudes", part), part, part))
+            return Asked(self.of_the_world(rng, self.some_things(rng), part).text, "")
+        return Asked(*self._wish(rng, self.lists[part]["everyday"], "benign", part))
+
+    def some_things(self, rng: np.random.Generator) -> list[str]:
+        """What may be in one picture."""
+        return [str(name) for name in rng.choice(self._things, int(rng.integers(2, 8)), replace=False)]
+
+    def of_the_world(self, rng: np.random.Generator, present: Sequence[str], part: Part = "train") -> Wish:
+        """A wish of the kind that the built-in reasoner was made for, about a picture of these things."""
+        kinds = ("need", "need", "attribute", "category", "direct")
+        more = {"train": ("exclusion", "everything"), "validation": (), "test": ("held_out_need",)}[part]
+        kind = str(rng.choice((*kinds, *more)))
+        return self._world.draw(rng, present, kind, held_out=part != "train" and kind != "held_out_need")
 
     def foreign(self, rng: np.random.Generator, language: str, category: str | None, part: Part = "train") -> Asked:
-        """A wish in another language, harmful if it is of a category."""
-        acts = self.categories[category][language] if category else self.benign[language]
-        last = FOR_TEST["harm" if category else "benign"]
-        act = pick(rng, acts[-last:] if part == "test" else acts[:-last])
+        """A wish in another language, harmful if it is of a category; in training some with an attitude."""
+        lists = self.lists[part]["languages"][language]
+        acts = lists["harm"][category] if category else lists["benign"]
+        frame = pick(rng, of_part(lists["frames"], part))
+        words = self.lists["train"]["languages"][language]["words"]
+        text = frame.format(act=self._spelled(rng, pick(rng, of_part(acts, part)), words, later=()))
+        if part == "train" and rng.random() < 0.25:
+            attitude = pick(rng, lists["attitudes"]["harm" if category else "benign"])
+            text = f"{text}{'' if text[-1] in '.?!' else ','} {attitude}"
         purpose = self.categories[category]["purpose"] if category else ""  # answers are in English
-        return Asked(pick(rng, self.frames[language]).format(act=act), purpose, category)
+        return Asked(as_typed(rng, text), purpose, category)
 
     def role(self, rng: np.random.Generator, wish: str, part: Part = "train") -> str:
         return self._wrap(rng, "roles", wish, part)
@@ -100,65 +118,70 @@ class Texts:
         return self._wrap(rng, "suffixes", wish, part)
 
     def turns(self, rng: np.random.Generator, wish: str, part: Part = "train") -> list[str]:
-        frames = of_part(self.frames, "turns", part)
-        return [turn.replace("{wish}", wish) for turn in frames[int(rng.integers(len(frames)))]]
+        frames = of_part(self.lists[part]["frames"]["turns"], part)
+        return [turn.replace("{wish}", wish) for turn in pick(rng, frames)]
 
     def sign(self, rng: np.random.Generator, part: Part = "train") -> str:
         """A question that leaves what is wished to a text in the picture."""
-        return pick(rng, of_part(self.frames, "signs", part))
+        return pick(rng, of_part(self.lists[part]["frames"]["signs"], part))
 
     def _wrap(self, rng: np.random.Generator, kind: str, wish: str, part: Part) -> str:
         ended = wish if wish[-1] in ".!?" else f"{wish}."
-        composed = part != "test" and rng.random() < COMPOSED
-        frame = pick(rng, self.frames[f"composed_{kind}"] if composed else of_part(self.frames, kind, part))
-        return self._spelled(rng, frame, self.frames).replace("{wish}", ended)
+        frames = self.lists[part]["frames"]
+        composed = part == "train" and rng.random() < COMPOSED
+        frame = pick(rng, frames[f"composed_{kind}"] if composed else of_part(frames[kind], part))
+        return self._spelled(rng, frame, frames).replace("{wish}", ended)
 
-    def _wish(
-        self, rng: np.random.Generator, lists: dict[str, Any], attitudes: Sequence[str], acts_of: str, part: Part
-    ) -> tuple[str, str]:
-        """A whole wish, or an act in a frame; a third of them with an attitude. Also what for, "" if not said.
-
-        acts_of: the part of the lists, or "all" of those that are held out as a whole.
-        """
-        acts, wishes = (lists[key] if acts_of == "all" else of_part(lists, key, part) for key in ("acts", "wishes"))
+    def _wish(self, rng: np.random.Generator, lists: dict[str, Any], attitude: str, part: Part) -> tuple[str, str]:
+        """A whole wish, or an act in a frame; a third of them with an attitude. Also what for, "" if not said."""
+        acts, wishes = (of_part(lists[key], part) for key in ("acts", "wishes"))
         # An act has as many ways to be put as there are frames: draw it more often.
         whole = rng.random() < len(wishes) / (len(wishes) + 2 * len(acts))
         if not whole and "composed" in lists and rng.random() < COMPOSED:
             template = self._composed(rng, lists)
         else:
             template = self._spelled(rng, pick(rng, wishes if whole else acts), lists)
-        attitude = pick(rng, attitudes) if rng.random() < 0.35 else ""
-        nouns = NEEDS_NOUN.search(template + attitude) is not None
+        feels = pick(rng, of_part(self.lists[part]["attitudes"][attitude], part)) if rng.random() < 0.35 else ""
+        nouns = NEEDS_NOUN.search(template + feels) is not None
         person = pick(rng, [who for who in self.words["person"] if not (nouns and who in PRONOUNS)])
         same = {"person": person, "they": pick(rng, self.words["they"])}
         text, purpose = template.format(**same), ""
         if not whole:
-            purpose, text = text, pick(rng, of_part(self.frames, "acts", part)).format(act=text)
-        if attitude:
+            purpose, text = text, pick(rng, of_part(self.lists[part]["frames"]["acts"], part)).format(act=text)
+        if feels:
             mark = "" if text[-1] in ".?!" else ","
-            text = f"{text}{mark} {attitude.format(**same)}"
+            text = f"{text}{mark} {feels.format(**same)}"
         return as_typed(rng, text), purpose
 
     def _composed(self, rng: np.random.Generator, lists: dict[str, Any]) -> str:
         """An act of words, but none of those that are held out."""
-        kept_back = {text for act in lists["held_out_acts"] for text in self._ways(act)}
-        while (template := self._spelled(rng, pick(rng, lists["composed"]), lists)) in kept_back:
+        while (template := self._spelled(rng, pick(rng, lists["composed"]), lists)) in self._kept_back:
             pass
         return template
 
+    @cached_property
+    def _kept_back(self) -> set[str]:
+        """Every held-out act with every word that can stand in its braces, but for whom it is about."""
+        lists = self.lists["test"]
+        acts = [
+            act for part in (*lists["harm"].values(), lists["lookalikes"], lists["everyday"]) for act in part["acts"]
+        ]
+        return {text for act in acts for text in self._ways(act)}
+
     def _ways(self, act: str) -> list[str]:
-        """The act with every word that can stand in its braces, but for whom it is about."""
-        slot = next((name for name in SLOT.findall(act) if name not in ("person", "they")), None)
+        slot = next((name for name in SLOT.findall(act) if name not in LATER), None)
         return [act] if slot is None else [act.replace(f"{{{slot}}}", word) for word in self.words[slot]]
 
-    def _spelled(self, rng: np.random.Generator, template: str, lists: dict[str, Any]) -> str:
-        """The template with words in its braces, but for whom it is about."""
+    def _spelled(
+        self, rng: np.random.Generator, template: str, lists: dict[str, Any], later: Sequence[str] = LATER
+    ) -> str:
+        """The template with words in its braces, but for those that are filled in `later`."""
 
         def word(slot: re.Match[str]) -> str:
             name = slot[1]
-            if name in ("person", "they", "wish"):
+            if name in later:
                 return slot[0]
-            return self._spelled(rng, pick(rng, lists[name] if name in lists else self.words[name]), lists)
+            return self._spelled(rng, pick(rng, lists[name] if name in lists else self.words[name]), lists, later)
 
         return SLOT.sub(word, template)
 
@@ -171,14 +194,9 @@ class Texts:
         return WishSampler(Wishes(load_knowledge()))
 
 
-def of_part(lists: dict[str, Any], key: str, part: Part) -> list[Any]:
-    """The texts under `key` that belong to `part`; lists too short to be cut are shared by training and validation."""
-    if part == "test":
-        return lists[f"held_out_{key}"]
-    texts = lists[key]
-    if len(texts) < 2 * EVERY:
-        return texts
-    return [text for i, text in enumerate(texts) if (i % EVERY == EVERY - 1) == (part == "validation")]
+def of_part(texts: Sequence[Any], part: Part) -> Sequence[Any]:
+    """Of the held-out texts every other one is for validation."""
+    return texts if part == "train" else texts[part == "test" :: 2]
 
 
 def pick(rng: np.random.Generator, texts: Sequence[Any]) -> Any:
