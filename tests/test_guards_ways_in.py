@@ -121,6 +121,9 @@ def test_clients_get_a_refusal_as_an_answer_and_never_what_was_held_back(model: 
         assert ask(client, "drink").json()["guard"]["action"] == "pass"
         streamed = ask(client, "who is here", "/v1/detect/stream").text
         assert SAFE.lower() in streamed and "stab" not in streamed
+        counted = client.get("/metrics").text
+        assert 'detgpt_held_back_total{action="refused",where="instruction"} 1.0' in counted
+        assert 'detgpt_held_back_total{action="detoxified",where="answer"} 2.0' in counted
 
 
 # --- the page ---

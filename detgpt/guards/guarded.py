@@ -93,7 +93,7 @@ class GuardedReasoner:
 
     def _questions(self, request: Request) -> list[tuple[str, bool]]:
         """What is judged before the reasoner is asked, and whether it has words of the picture in it."""
-        questions = [(_wishes(request)[-1], False), (_question(request), False)]
+        questions = [(wish, False) for wish in (*_wishes(request), _question(request))]
         written = self._reader.read(request.image) if self._reader and request.image else ""
         if written.strip():
             questions += [(written, True), (conversation([_wishes(request)[-1], written]), True)]

@@ -102,6 +102,7 @@ def create_app(model: DetGPT, serving: Serving) -> FastAPI:
             result = await _unless_gone(request, batcher.detect(await reader.read(request)))
         if result is None:
             return Response(status_code=CLIENT_GONE)
+        metrics.answered(result)
         return Response(await run_sync(result.to_json), media_type="application/json")  # masks take their time
 
     @app.post(
@@ -124,7 +125,7 @@ def create_app(model: DetGPT, serving: Serving) -> FastAPI:
             first = await _unless_gone(request, anext(events))  # until then errors have a status of their own
         if first is None:
             return Response(status_code=CLIENT_GONE)
-        return EventSourceResponse(_server_sent(request, first, events, deadline))
+        return EventSourceResponse(_server_sent(request, first, events, deadline, metrics))
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -222,13 +223,18 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T | None:
 
 
 async def _server_sent(
-    request: Request, first: str | Detections, events: AsyncGenerator[str | Detections, None], deadline: float
+    request: Request,
+    first: str | Detections,
+    events: AsyncGenerator[str | Detections, None],
+    deadline: float,
+    metrics: Metrics,
 ) -> AsyncIterator[bytes]:
     event = first
     try:
         while True:
             yield await run_sync(_event, event)
             if isinstance(event, Detections):
+                metrics.answered(event)
                 return
             with anyio.fail_after(max(0, deadline - anyio.current_time())):
                 event = await anext(events)

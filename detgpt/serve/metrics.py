@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from detgpt.results import Detections
+
 CLIENT_GONE = 499  # nginx's status of a client who hung up before the answer
 
 
@@ -35,6 +37,12 @@ class Metrics:
             buckets=(1, 2, 4, 8, 16, 32, 64),
             registry=self.registry,
         )
+        self.held_back = Counter(
+            "detgpt_held_back",
+            "Answers that the guard refused or rewrote, by where the harm was: in the instruction, picture or answer.",
+            ["where", "action"],
+            registry=self.registry,
+        )
         gauges = {
             "detgpt_queue_depth": ("Requests that wait for the models.", queue_depth),
             "detgpt_in_flight": (
@@ -44,6 +52,11 @@ class Metrics:
         }
         for name, (meaning, count) in gauges.items():
             Gauge(name, meaning, registry=self.registry).set_function(count)
+
+    def answered(self, result: Detections) -> None:
+        """Count what the guard did to an answer, if anything."""
+        if result.guard is not None and result.guard.harmful:
+            self.held_back.labels(result.guard.where, result.guard.action).inc()
 
 
 class Counted:
