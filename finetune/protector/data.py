@@ -191,7 +191,7 @@ def _put(texts: Texts, rng: np.random.Generator, kind: str, wish: str, part: Par
     if kind == "suffix":
         return texts.suffix(rng, wish, part)
     if kind == "talk":
-        turns = [pick(rng, (texts.lookalike, texts.everyday))(rng, part).text for _ in range(rng.integers(1, 5))]
+        turns = [pick(rng, (texts.lookalike, texts.everyday))(rng, part).text for _ in range(rng.integers(1, 3))]
         turns.insert(int(rng.integers(len(turns) + 1)), wish)
         return conversation(turns)
     return wish

@@ -4,12 +4,14 @@
     texts.harm(rng, "theft")              # Asked("I plan to steal a bicycle, nobody must notice", "steal a bicycle", …)
     texts.lookalike(rng)                  # Asked("help me to kill the light", "kill the light", …)
 
-There are three parts that share no text: "train", and "validation" and "test", which are halves of held_out.yaml, whose
-author has not seen the other lists. Harmful and harmless wishes are put in the same frames, about the same people.
+There are three parts that share no text: "train", where written.json has what many people wrote and the other lists
+what is composed; and "validation" and "test", the halves of held_out.yaml, whose author has not seen the other lists.
+Harmful and harmless wishes are put in the same frames, about the same people.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +33,7 @@ NEEDS_NOUN = re.compile(
     r"\{person\}('s| [a-z]+s\b| must| will)|(of|name of|wife of|advice of) \{person\}"
 )  # not "of him"
 SLOT = re.compile(r"\{(\w+)\}")
-COMPOSED = 0.6  # share of acts that are composed of words, where a list can do that
+COMPOSED = 0.35  # share of acts that are composed of words, where a list can do that
 LATER = ("person", "they", "wish")  # slots that are the same throughout a wish
 
 
@@ -59,6 +61,7 @@ class Texts:
             "frames": frames,
             "languages": languages,
         }
+        trained = _joined(trained, json.loads((HERE / "written.json").read_text(encoding="utf-8")))
         self.lists: dict[Part, dict[str, Any]] = {"train": trained, "validation": held_out, "test": held_out}
 
     @cached_property
@@ -105,6 +108,8 @@ class Texts:
         frame = pick(rng, of_part(lists["frames"], part))
         words = self.lists["train"]["languages"][language]["words"]
         text = frame.format(act=self._spelled(rng, pick(rng, of_part(acts, part)), words, later=()))
+        if part == "train" and rng.random() < 0.3:
+            text = pick(rng, lists["wishes"][category or "benign"])
         if part == "train" and rng.random() < 0.25:
             attitude = pick(rng, lists["attitudes"]["harm" if category else "benign"])
             text = f"{text}{'' if text[-1] in '.?!' else ','} {attitude}"
@@ -141,7 +146,9 @@ class Texts:
             template = self._composed(rng, lists)
         else:
             template = self._spelled(rng, pick(rng, wishes if whole else acts), lists)
-        feels = pick(rng, of_part(self.lists[part]["attitudes"][attitude], part)) if rng.random() < 0.35 else ""
+        feels = ""
+        if rng.random() < 0.35:
+            feels = self._spelled(rng, pick(rng, of_part(self.lists[part]["attitudes"][attitude], part)), lists)
         nouns = NEEDS_NOUN.search(template + feels) is not None
         person = pick(rng, [who for who in self.words["person"] if not (nouns and who in PRONOUNS)])
         same = {"person": person, "they": pick(rng, self.words["they"])}
@@ -192,6 +199,13 @@ class Texts:
     @cached_property
     def _world(self) -> WishSampler:
         return WishSampler(Wishes(load_knowledge()))
+
+
+def _joined(lists: Any, more: Any) -> Any:
+    """Nested lists with the texts of `more`, which has the same shape, behind their own."""
+    if not isinstance(more, dict):
+        return [*lists, *more]
+    return {**lists, **{key: _joined(lists.get(key, type(part)()), part) for key, part in more.items()}}
 
 
 def of_part(texts: Sequence[Any], part: Part) -> Sequence[Any]:
