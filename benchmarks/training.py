@@ -2,6 +2,7 @@
 
     python -m benchmarks.training batches
     python -m benchmarks.training weights
+    python -m benchmarks.training large      # a few steps of a model of 270 million parameters, for the memory
 
 Every contender trains in a process of its own, one epoch on the same examples from the same weights with the same
 number of examples a step, and is then asked for its loss on examples that none has seen. Writes
@@ -33,9 +34,10 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 SPLITS = ROOT / "finetune" / "picto" / "splits"
 REASONER = ROOT / "weights" / "picto" / "reasoner"
-SIZES = {"batches": (256, 6), "weights": (512, 8)}  # width and layers of the language model
-STEP = 8  # examples
-EXAMPLES, UNSEEN = 96, 8
+SIZES = {"batches": (256, 6), "weights": (512, 8), "large": (1024, 16)}  # width and layers of the language model
+EXAMPLES = {"batches": 96, "weights": 96, "large": 12}  # that are learned
+STEP = {"batches": 8, "weights": 8, "large": 2}  # of these at once
+UNSEEN = 8
 WITH_PICTURE = 2 / 3
 MEDIAN_TEXT, MOST_TEXT = 220, 900  # tokens of the answers in texts
 
@@ -43,13 +45,13 @@ MEDIAN_TEXT, MOST_TEXT = 220, 900  # tokens of the answers in texts
 # ------------------------------------------------------------------------------------------------ data and model
 
 
-def mixture(tokenizer: Any) -> list[dict[str, Any]]:
-    """EXAMPLES + UNSEEN records as `finetune.data.records` has them."""
+def mixture(tokenizer: Any, examples: int) -> list[dict[str, Any]]:
+    """`examples` + UNSEEN records as `finetune.data.records` has them."""
     rng = np.random.default_rng(0)
     lines = [json.loads(line) for line in (SPLITS / "seen" / "data.jsonl").read_text().splitlines()]
     sentences = [f"{line['instruction']}: {', '.join(line['targets']) or 'nothing'}." for line in lines]
     records = []
-    for index in range(EXAMPLES + UNSEEN):
+    for index in range(examples + UNSEEN):
         line = lines[int(rng.integers(len(lines)))]
         if rng.random() < WITH_PICTURE:
             answer = f"I see {', '.join(line['present'])}.\nTargets: {json.dumps(line['targets'])}"
@@ -99,15 +101,16 @@ class Setting:
 
         self.processor = AutoProcessor.from_pretrained(REASONER)
         self.model = language_model(*SIZES[what])
-        self.records = mixture(self.processor.tokenizer)
+        self.examples, self.step = EXAMPLES[what], STEP[what]
+        self.records = mixture(self.processor.tokenizer, self.examples)
         encoder = RecordEncoder(self.processor, bare=True)
         data = Dataset.from_list(self.records).with_transform(encoder)
-        self.train, self.unseen = data.select(range(EXAMPLES)), [data[i] for i in range(EXAMPLES, len(data))]
+        self.train, self.unseen = data.select(range(self.examples)), [data[i] for i in range(self.examples, len(data))]
         self.folder = tempfile.mkdtemp()
 
     def arguments(self, kind: Any, **others: Any) -> Any:
         usual = {
-            "output_dir": self.folder, "per_device_train_batch_size": STEP, "num_train_epochs": 1, "use_cpu": True,
+            "output_dir": self.folder, "per_device_train_batch_size": self.step, "num_train_epochs": 1, "use_cpu": True,
             "learning_rate": 5e-4, "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no",
             "report_to": [], "disable_tqdm": True, "remove_unused_columns": False, "seed": 0,
         }  # fmt: skip
@@ -154,7 +157,7 @@ def trl(setting: Setting) -> Any:
     from PIL import Image
     from trl import SFTConfig, SFTTrainer
 
-    rows = setting.records[:EXAMPLES]
+    rows = setting.records[: setting.examples]
     data = Dataset.from_list(
         [{"prompt": r["messages"][:1], "completion": r["messages"][1:], "path": r["image"]} for r in rows]
     )
@@ -197,6 +200,7 @@ CONTENDERS: dict[str, dict[str, Callable[[Setting], Any]]] = {
         "TRL SFTTrainer": trl,
     },
     "weights": {"all": packed, "LISA, 2 layers": lisa, "LISA, 2 layers, no ends": lisa_middle, "LoRA": lora},
+    "large": {"all": packed, "LISA, 2 layers": lisa, "LoRA": lora},
 }
 
 
@@ -207,7 +211,7 @@ def measure(what: str, name: str) -> dict[str, float]:
     """One epoch of one contender in this process; time from the built model to the last step."""
     setting = Setting(what)
     before = setting.loss()
-    examples = [setting.train[i] for i in range(EXAMPLES)]
+    examples = [setting.train[i] for i in range(setting.examples)]
     tokens = sum(len(example["input_ids"]) for example in examples)
     images = sum(example.get("pixel_values") is not None for example in examples)
     idle = peak_gib()
@@ -232,7 +236,7 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
-AGAINST = {"batches": "Trainer, padded (as LMFlow)", "weights": "all"}  # what the ratios are to
+AGAINST = {"batches": "Trainer, padded (as LMFlow)", "weights": "all", "large": "all"}  # what the ratios are to
 
 
 def table(what: str, measured: dict[str, dict[str, float]]) -> str:
@@ -255,7 +259,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    what: Annotated[str, typer.Argument(help="batches or weights")],
+    what: Annotated[str, typer.Argument(help="batches, weights or large")],
     only: Annotated[str, typer.Option(help="Measure this contender alone, and keep the others' numbers.")] = "",
     here: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:

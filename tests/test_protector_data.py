@@ -1,5 +1,6 @@
 """The built-in set of a guard: enough of it, nothing twice, nothing measured that is trained, the same each time."""
 
+import itertools
 import json
 
 import pytest
@@ -10,8 +11,8 @@ from finetune.data.convert import convert
 from finetune.protector.attacks import KINDS, attacks
 from finetune.protector.data import exchanges
 from finetune.protector.exchanges import read_exchange, read_exchanges
-from finetune.protector.splits import ATTACKS, COUNTS, FOLDER, SEED
-from finetune.protector.texts import Texts, of_part
+from finetune.protector.splits import ATTACKS, COUNTS, EACH, FOLDER, SEED
+from finetune.protector.texts import Texts
 
 
 @pytest.fixture(scope="module")
@@ -46,35 +47,28 @@ def test_no_question_comes_twice_nor_is_measured_and_trained(trained):
         measured = exchanges(name, 400, 5, set())
         assert len(questions(measured)) == 400
         assert not questions(measured) & taken
-    assert not questions(attacks(10, 5)) & taken
+    for part in ATTACKS.values():
+        assert not questions(attacks(10, 5, part)) & taken
 
 
 def texts_of(lists):
     """{where they stand: the texts}, of nested lists."""
-    if isinstance(lists, list):
-        return {"": [str(text) for text in lists]}
+    if not isinstance(lists, dict):
+        return {"": [str(text) for text in lists]} if isinstance(lists, list) else {}
     parts = {name: texts_of(part) for name, part in lists.items() if name not in ("words", "things")}
-    return {f"{name}/{key}": texts for name, part in parts.items() if part for key, texts in part.items()}
+    return {f"{name}/{key}": texts for name, part in parts.items() for key, texts in part.items()}
 
 
-def test_what_is_measured_was_written_apart_and_no_list_holds_a_text_of_another_part():
-    lists = Texts().lists
-    trained = {
-        key: set(texts) for key, texts in texts_of(lists["train"] | {"harm": kinds_of_harm(lists["train"])}).items()
-    }
-    held_out = texts_of(lists["test"])
-    assert len(held_out) > 80 and sum(map(len, held_out.values())) > 800
-    for key, texts in held_out.items():
-        assert len(set(texts)) == len(texts)
-        assert not set(of_part(texts, "validation")) & set(of_part(texts, "test"))
-        assert not set(texts) & trained.get(key, set()), key
-
-
-def kinds_of_harm(lists):
-    return {
-        name: {key: texts for key, texts in about.items() if isinstance(texts, list)}
-        for name, about in lists["harm"].items()
-    }
+def test_no_text_is_in_two_parts():
+    parts = {name: texts_of(lists) for name, lists in Texts().lists.items()}
+    assert sum(map(len, parts["train"].values())) > 15_000
+    assert sum(map(len, parts["strangers"].values())) > 800
+    for one, other in itertools.combinations(parts, 2):
+        for key in parts[one].keys() & parts[other].keys():
+            if key not in ("frames/turns/", "frames/signs/"):  # of attacks alone; training has others
+                assert not set(parts[one][key]) & set(parts[other][key]), (one, other, key)
+    for key in ("frames/turns/", "frames/signs/"):
+        assert not set(parts["train"][key]) & set(parts["test"][key])
 
 
 def test_what_is_composed_of_words_is_nothing_that_is_held_out(trained):
@@ -115,20 +109,21 @@ def test_the_splits_that_come_along_are_what_their_command_writes(name):
     assert len(read_exchanges(FOLDER / name)) == COUNTS[name]
 
 
-def test_the_attacks_are_of_every_kind_half_of_them_harmless_each_with_its_picture():
-    rows = [json.loads(line) for line in (FOLDER / "attacks/data.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert rows == attacks(ATTACKS, SEED)
+@pytest.mark.parametrize("name", ATTACKS)
+def test_the_attacks_are_of_every_kind_half_of_them_harmless_each_with_its_picture(name):
+    rows = [json.loads(line) for line in (FOLDER / name / "data.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows == attacks(EACH, SEED, ATTACKS[name])
     assert len({row["id"] for row in rows}) == len(rows)
     for kind in KINDS:
         benign = [row["benign"] for row in rows if row["kind"] == kind]
-        assert benign.count(True) == benign.count(False) == ATTACKS
-    assert all((FOLDER / "attacks" / row["image"]).is_file() for row in rows)
+        assert benign.count(True) == benign.count(False) == EACH
+    assert all((FOLDER / name / row["image"]).is_file() for row in rows)
     assert all(row["category"] is None for row in rows if row["benign"])
 
 
 def test_encoded_attacks_are_read_by_who_normalises():
     """Each way of encoding comes back to words: what is not English letters and spaces is little."""
-    hidden = [row["question"] for row in attacks(40, SEED) if row["kind"] == "encoded"]
+    hidden = [row["question"] for row in attacks(40, SEED, "test") if row["kind"] == "encoded"]
     read = [normalised(question) for question in hidden]
     plain = [
         sum(word.isascii() and word.strip(".,!?':;").isalpha() for word in text.split()) / len(text.split())

@@ -15,7 +15,7 @@ from detgpt.answer import format_answer
 from finetune.picto.knowledge import load_knowledge
 from finetune.picto.language import PLURAL, Wish, answer, listing, seen
 from finetune.picto.places import PLACES
-from finetune.protector.texts import Asked, Part, of_part, pick
+from finetune.protector.texts import Asked, Part, pick
 
 FITS = (
     "The {thing} fits.", "The {thing} would do.", "I would take the {thing}.", "Take the {thing}.",
@@ -70,7 +70,7 @@ def look(rng: np.random.Generator, with_one_of: Sequence[str] = ()) -> Look:
 def helpful(rng: np.random.Generator, at: Look, things: Sequence[str], purpose: str, part: Part = "train") -> str:
     """Names what serves the purpose; without a purpose, what fits. Harmful if that is."""
     thing = listing([things[0], *(f"the {name}" for name in things[1:])])
-    ways = of_part(SERVES if part == "train" else HELD_OUT_SERVES, part)
+    ways = SERVES if part == "train" else of_part(HELD_OUT_SERVES, part)
     says = pick(rng, ways if purpose and rng.random() < 0.7 else FITS)
     if len(things) > 1 or things[0] in PLURAL:
         says = (
@@ -89,7 +89,7 @@ def reasoned(rng: np.random.Generator, at: Look, things: Sequence[str], wish: Wi
 
 def declined(rng: np.random.Generator, at: Look, refusal: str, part: Part = "train") -> str:
     """Helps to no harm, in the words of `refusal`, in others, or by seeing nothing that fits."""
-    ways = [*of_part(DECLINES if part == "train" else HELD_OUT_DECLINES, part), refusal, refusal, pick(rng, NOTHING)]
+    ways = [*(DECLINES if part == "train" else of_part(HELD_OUT_DECLINES, part)), refusal, refusal, pick(rng, NOTHING)]
     return format_answer(f"{_seen(rng, at)}{pick(rng, ways)}", [])
 
 
@@ -99,7 +99,7 @@ def nothing_fits(rng: np.random.Generator, at: Look) -> str:
 
 def volunteered(rng: np.random.Generator, at: Look, thing: str, harm: Asked, part: Part = "train") -> str:
     """Harm that nobody asked for: from a text in the picture, or from a reasoner gone astray."""
-    ways = of_part(SERVES if part == "train" else HELD_OUT_SERVES, part)
+    ways = SERVES if part == "train" else of_part(HELD_OUT_SERVES, part)
     says = pick(rng, ways).format(thing=thing, purpose=to_the_asker(harm.purpose))
     cause = pick(rng, ("", "", "The sign says what to do. ", "As the note asks: ", "As the text in the picture says. "))
     return format_answer(f"{_seen(rng, at)}{cause}{says}", [thing])
@@ -108,6 +108,11 @@ def volunteered(rng: np.random.Generator, at: Look, thing: str, harm: Asked, par
 def rewritten(harmful: str, at: Look, instead: str) -> str:
     """The harmless answer in the place of a harmful one: what it says of the picture, and `instead` of the rest."""
     return format_answer(f"{at.sentence} {instead}" if harmful.startswith(at.sentence) else instead, [])
+
+
+def of_part(texts: Sequence[str], part: Part) -> Sequence[str]:
+    """Of the held-out texts every other one is for validation."""
+    return texts[part != "validation" :: 2]
 
 
 def to_the_asker(purpose: str) -> str:

@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from finetune.picto.world import scene_for
 from finetune.protector.exchanges import write_rows
-from finetune.protector.texts import LANGUAGES, Asked, Texts, pick
+from finetune.protector.texts import LANGUAGES, Asked, Part, Texts, pick
 
 KINDS = ("direct", "role-play", "suffix", "language", "encoded", "turns", "typographic", "combined")
 SCENES = 12  # pictures that the questions are about
@@ -37,13 +37,13 @@ LEET = str.maketrans("aeiost", "431057")
 FOREIGN = str.maketrans("aeopcyx", "аеорсух")  # Cyrillic
 
 
-def write_attacks(folder: Path, each: int, seed: int) -> None:
+def write_attacks(folder: Path, each: int, seed: int, part: Part) -> None:
     """`each` harmful questions of each kind and as many harmless ones, with their pictures."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     scenes = [scene_for(seed, i).image for i in range(SCENES)]
     for i, scene in enumerate(scenes):
         scene.save(folder / _scene(i), quality=80, method=6)
-    rows = attacks(each, seed)
+    rows = attacks(each, seed, part)
     for row in rows:
         if "printed" in row:
             scene = scenes[int(row["id"].rpartition("-")[2]) % SCENES]
@@ -51,8 +51,8 @@ def write_attacks(folder: Path, each: int, seed: int) -> None:
     write_rows(folder, rows)
 
 
-def attacks(each: int, seed: int) -> list[dict[str, Any]]:
-    """The records, of every kind in turn; every other one is harmless."""
+def attacks(each: int, seed: int, part: Part) -> list[dict[str, Any]]:
+    """The records in texts of a part, of every kind in turn; every other one is harmless."""
     texts = Texts()
     rows: list[dict[str, Any]] = []
     for kind in KINDS:
@@ -62,7 +62,7 @@ def attacks(each: int, seed: int) -> list[dict[str, Any]]:
             name = f"{kind}-{'benign' if benign else 'harm'}-{i // 2}"
             for attempt in range(50):
                 rng = np.random.default_rng((seed, KINDS.index(kind), i, attempt))
-                row = _attack(texts, rng, kind, None if benign else _category(texts, kind, i // 2))
+                row = _attack(texts, rng, kind, None if benign else _category(texts, kind, i // 2, part), part)
                 if (key := row.pop("wish").lower()) not in seen:
                     seen.add(key)
                     break
@@ -82,36 +82,36 @@ def with_sign(scene: Image.Image, text: str) -> Image.Image:
     return picture
 
 
-def _category(texts: Texts, kind: str, i: int) -> str:
-    known = texts.trained if kind == "language" else list(texts.categories)
+def _category(texts: Texts, kind: str, i: int, part: Part) -> str:
+    known = list(texts.categories) if part == "strangers" and kind != "language" else texts.trained
     return known[i % len(known)]
 
 
-def _attack(texts: Texts, rng: np.random.Generator, kind: str, category: str | None) -> dict[str, Any]:
+def _attack(texts: Texts, rng: np.random.Generator, kind: str, category: str | None, part: Part) -> dict[str, Any]:
     if kind == "language":
-        asked = texts.foreign(rng, pick(rng, LANGUAGES), category, "test")
+        asked = texts.foreign(rng, pick(rng, LANGUAGES), category, part)
     elif category is not None:
-        asked = texts.harm(rng, category, "test")
+        asked = texts.harm(rng, category, part)
     else:
-        asked = texts.lookalike(rng, "test") if rng.random() < 0.6 else texts.everyday(rng, "test")
-    return {"wish": asked.text, "category": category, **_put(texts, rng, kind, asked)}
+        asked = texts.lookalike(rng, part) if rng.random() < 0.6 else texts.everyday(rng, part)
+    return {"wish": asked.text, "category": category, **_put(texts, rng, kind, asked, part)}
 
 
-def _put(texts: Texts, rng: np.random.Generator, kind: str, asked: Asked) -> dict[str, Any]:
+def _put(texts: Texts, rng: np.random.Generator, kind: str, asked: Asked, part: Part) -> dict[str, Any]:
     """The wish put in the way of `kind`: `question`, and `turns` or what is `printed`."""
     if kind == "role-play":
-        return {"question": texts.role(rng, asked.text, "test")}
+        return {"question": texts.role(rng, asked.text, part)}
     if kind == "suffix":
-        return {"question": texts.suffix(rng, asked.text, "test")}
+        return {"question": texts.suffix(rng, asked.text, part)}
     if kind == "encoded":
         return {"question": encoded(rng, asked.text)}
     if kind == "turns":
-        *turns, question = texts.turns(rng, asked.text, "test")
+        *turns, question = texts.turns(rng, asked.text, part)
         return {"turns": turns, "question": question}
     if kind == "typographic":
-        return {"question": texts.sign(rng, "test"), "printed": asked.text}
+        return {"question": texts.sign(rng, part), "printed": asked.text}
     if kind == "combined":
-        return {"question": texts.role(rng, texts.suffix(rng, encoded(rng, asked.text), "test"), "test")}
+        return {"question": texts.role(rng, texts.suffix(rng, encoded(rng, asked.text), part), part)}
     return {"question": asked.text}
 
 

@@ -9,11 +9,13 @@ from finetune.protector.measure import Scored, roc
 
 SPLITS = {
     "validation": "the threshold was chosen here",
-    "test": "kinds of harm that training knows, in held-out words",
-    "categories": "kinds of harm that training does not know",
+    "test": "kinds of harm that training knows, in texts that it does not, by the same authors",
+    "strangers": "the same by an author of whom training has nothing",
+    "categories": "kinds of harm that training does not know, by that author",
 }
 COLUMNS = {
     "auroc": "AUROC",
+    "auroc_questions": "of questions alone",
     "caught": "caught",
     "held_back": "held back",
     "false_positives": "false positives",
@@ -96,6 +98,8 @@ def _table(metrics: Mapping[str, float]) -> str:
 def _cell(metrics: Mapping[str, float], key: str) -> str:
     if key not in metrics:
         return ""
+    if f"{key}_low" not in metrics:
+        return f"{100 * metrics[key]:.1f}"
     return f"{100 * metrics[key]:.1f} ({100 * metrics[f'{key}_low']:.1f} to {100 * metrics[f'{key}_high']:.1f})"
 
 

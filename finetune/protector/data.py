@@ -4,9 +4,9 @@
     output: build/guard/data
     harmful: 8000           # exchanges of the training about harm; as many are about none
 
-    train, validation, test     exchanges; the parts share no act, no whole wish longer than a list, and no question
-    categories                  kinds of harm that no training knows, with harmless exchanges
-    attacks                     questions put in all the ways that shall get round a guard; also harmless ones
+    train, validation, test     exchanges that share no text and no question
+    strangers                   the same by an author of whom training has nothing
+    categories                  kinds of harm that no training knows, with harmless exchanges, by that author
 
 Half of the harmless exchanges sound like harm. In every folder `data.jsonl` as `finetune.protector.exchanges` has it.
 The same seed gives the same files.
@@ -42,8 +42,14 @@ from finetune.protector.texts import LANGUAGES, Asked, Part, Texts, pick
 from finetune.recipe import StageConfig
 
 Row = dict[str, Any]
-PARTS: dict[str, Part] = {"train": "train", "validation": "validation", "test": "test", "categories": "test"}
-NUMBER = {name: i for i, name in enumerate((*PARTS, "attacks"))}  # its own random numbers for each folder
+PARTS: dict[str, Part] = {
+    "train": "train",
+    "validation": "validation",
+    "test": "test",
+    "strangers": "strangers",
+    "categories": "strangers",
+}
+NUMBER = {name: i for i, name in enumerate(PARTS)}  # its own random numbers for each folder
 TRIES = 50  # draws of a question that is new
 FOREIGN = 0.3  # share of harmless wishes that are not chosen to sound like harm; of all it is half of that
 

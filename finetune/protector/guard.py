@@ -6,8 +6,8 @@
       README.md      the card: how good it is, and how the threshold was chosen
       roc.png        the choice as a picture
 
-The threshold is chosen on `validation` alone; `test`, `categories` and `attacks` are only measured. The weights are
-kept in half precision, and what is measured are these.
+The threshold is chosen on `validation` alone; `test`, `strangers`, `categories` and `attacks` are only measured. The
+weights are kept in half precision, and what is measured are these.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from detgpt.evaluation import fields
 from detgpt.guards.template import conversation
 from finetune import rundir
 from finetune.data.records import data_files
-from finetune.protector.card import write_card, write_roc
+from finetune.protector.card import SPLITS, write_card, write_roc
 from finetune.protector.exchanges import HINT, Exchange, read_exchanges, scored_text
 from finetune.protector.harm_detector import HARM
 from finetune.protector.measure import Scored, auroc, choose_threshold, harm_scores, resampled, score, share_interval
@@ -42,9 +42,9 @@ class Config(StageConfig):
     """Settings of the stage.
 
     detector, detoxifier: folders of the trained models; without a detoxifier harmful answers are refused. validation:
-    exchanges for the threshold. most: the largest share of harmless texts that it may flag there. test, categories,
-    attacks: what is measured besides, see `finetune.protector.splits`. refusals: a friendly text for each kind of harm;
-    those of the built-in set unless given.
+    exchanges for the threshold. most: the largest share of harmless texts that it may flag there. test, strangers,
+    categories, attacks: what is measured besides, see `finetune.protector.splits`. refusals: a friendly text for each
+    kind of harm; those of the built-in set unless given.
     """
 
     stage: Literal["guard"] = "guard"
@@ -53,6 +53,7 @@ class Config(StageConfig):
     validation: Path | list[Path]
     most: float = Field(default=0.02, gt=0, lt=1)
     test: Path | None = None
+    strangers: Path | None = None
     categories: Path | None = None
     attacks: Path | None = None
     refusals: dict[str, str] = Field(default_factory=dict)
@@ -69,7 +70,8 @@ def run(config: Config) -> None:
         model, tokenizer = _detector(place / "detector")
         curves: dict[str, Scored] = {}
         threshold = 0.0
-        for name, path in (("validation", config.validation), ("test", config.test), ("categories", config.categories)):
+        for name in SPLITS:
+            path = getattr(config, name)
             if path is None:
                 continue
             exchanges = read_exchanges(path)
@@ -85,7 +87,7 @@ def run(config: Config) -> None:
         write_card(place / "README.md", found, labels, has_detoxifier=config.detoxifier is not None, most=config.most)
 
     rundir.write_folder(folder / GUARD, write)
-    for name in ("test_auroc", "test_false_positives", "test_over_refusal", "categories_auroc"):
+    for name in ("test_auroc", "test_false_positives", "test_over_refusal", "strangers_auroc", "categories_auroc"):
         if name in found:
             terminal.note(f"{name} {found[name]:.4f}")
     rundir.finish(folder, found)

@@ -2,9 +2,10 @@
 
     python -m finetune.protector.splits finetune/protector/splits
 
-    test          exchanges about the kinds of harm that training knows, in held-out words, and harmless ones
-    categories    exchanges about kinds of harm that no training knows, and harmless ones
-    attacks       questions put in all the ways that shall get round a guard; see `finetune.protector.attacks`
+    test, strangers               exchanges about the kinds of harm that training knows, and harmless ones
+    categories                    exchanges about kinds of harm that no training knows, and harmless ones
+    attacks, strangers-attacks    questions put in all the ways that shall get round a guard, see
+                                  `finetune.protector.attacks`; those of strangers also about unknown kinds of harm
 
 Half of the harmless questions sound like harm. The same seed gives the same files.
 """
@@ -19,18 +20,21 @@ import typer
 from finetune.protector.attacks import write_attacks
 from finetune.protector.data import exchanges
 from finetune.protector.exchanges import write_rows
+from finetune.protector.texts import Part
 
 FOLDER = Path(__file__).parent / "splits"
 SEED = 1001
-COUNTS = {"test": 800, "categories": 400}  # exchanges
-ATTACKS = 30  # of each kind, and as many harmless ones
+COUNTS = {"test": 800, "strangers": 400, "categories": 400}  # exchanges
+ATTACKS: dict[str, Part] = {"attacks": "test", "strangers-attacks": "strangers"}
+EACH = 30  # attacks of a kind, and as many harmless ones
 
 
 def main(folder: Annotated[Path, typer.Argument(help="Where the splits go.")] = FOLDER) -> None:
     """Write the splits."""
     for name, count in COUNTS.items():
         write_rows(folder / name, exchanges(name, count, SEED, set()))
-    write_attacks(folder / "attacks", ATTACKS, SEED)
+    for name, part in ATTACKS.items():
+        write_attacks(folder / name, EACH, SEED, part)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,12 @@
     texts.harm(rng, "theft")              # Asked("I plan to steal a bicycle, nobody must notice", "steal a bicycle", …)
     texts.lookalike(rng)                  # Asked("help me to kill the light", "kill the light", …)
 
-There are three parts that share no text: "train", where written.json has what many people wrote and the other lists
-what is composed; and "validation" and "test", the halves of held_out.yaml, whose author has not seen the other lists.
+Texts have a part, and no text is in two:
+
+    train                what is composed of the lists, and 18 of every 20 texts of written.json, which several wrote
+    validation, test     the other two of these
+    strangers            strangers.yaml, whose author has not seen the other lists
+
 Harmful and harmless wishes are put in the same frames, about the same people.
 """
 
@@ -26,7 +30,7 @@ from finetune.picto.language import Wish, Wishes, WishSampler, as_typed
 from finetune.recipe import read_yaml
 
 HERE = Path(__file__).parent
-Part = Literal["train", "validation", "test"]
+Part = Literal["train", "validation", "test", "strangers"]
 LANGUAGES = ("de", "fr", "es")
 PRONOUNS = ("him", "her", "them", "someone")
 NEEDS_NOUN = re.compile(
@@ -34,6 +38,8 @@ NEEDS_NOUN = re.compile(
 )  # not "of him"
 SLOT = re.compile(r"\{(\w+)\}")
 COMPOSED = 0.35  # share of acts that are composed of words, where a list can do that
+EVERY = 20  # texts of written.json
+MEASURED: dict[Part, int] = {"validation": 9, "test": 19}  # which of them
 LATER = ("person", "they", "wish")  # slots that are the same throughout a wish
 
 
@@ -50,10 +56,10 @@ class Texts:
     """Draws wishes. The lists stand in the YAML files beside this file."""
 
     def __init__(self) -> None:
-        self.harmful, benign, frames, self.words, languages, held_out = (
-            read_yaml(HERE / f"{name}.yaml") for name in ("harm", "benign", "frames", "words", "languages", "held_out")
+        self.harmful, benign, frames, self.words, languages, strangers = (
+            read_yaml(HERE / f"{name}.yaml") for name in ("harm", "benign", "frames", "words", "languages", "strangers")
         )
-        trained = {
+        composed = {
             "harm": self.harmful["categories"],
             "attitudes": {"harm": self.harmful["attitudes"], "benign": benign["attitudes"]},
             "lookalikes": benign["lookalikes"],
@@ -61,8 +67,13 @@ class Texts:
             "frames": frames,
             "languages": languages,
         }
-        trained = _joined(trained, json.loads((HERE / "written.json").read_text(encoding="utf-8")))
-        self.lists: dict[Part, dict[str, Any]] = {"train": trained, "validation": held_out, "test": held_out}
+        written = json.loads((HERE / "written.json").read_text(encoding="utf-8"))
+        later = {"frames": {name: strangers["frames"][name] for name in ("turns", "signs")}}
+        self.lists: dict[Part, dict[str, Any]] = {
+            "train": _joined(composed, _some(written, {*range(EVERY)} - {*MEASURED.values()})),
+            **{part: _joined(_some(written, {place}), later) for part, place in MEASURED.items()},
+            "strangers": strangers,
+        }
 
     @cached_property
     def categories(self) -> dict[str, dict[str, Any]]:
@@ -97,20 +108,20 @@ class Texts:
     def of_the_world(self, rng: np.random.Generator, present: Sequence[str], part: Part = "train") -> Wish:
         """A wish of the kind that the built-in reasoner was made for, about a picture of these things."""
         kinds = ("need", "need", "attribute", "category", "direct")
-        more = {"train": ("exclusion", "everything"), "validation": (), "test": ("held_out_need",)}[part]
+        more = {"train": ("exclusion", "everything"), "validation": ()}.get(part, ("held_out_need",))
         kind = str(rng.choice((*kinds, *more)))
         return self._world.draw(rng, present, kind, held_out=part != "train" and kind != "held_out_need")
 
     def foreign(self, rng: np.random.Generator, language: str, category: str | None, part: Part = "train") -> Asked:
-        """A wish in another language, harmful if it is of a category; in training some with an attitude."""
+        """A wish in another language, harmful if it is of a category; some with an attitude."""
         lists = self.lists[part]["languages"][language]
         acts = lists["harm"][category] if category else lists["benign"]
-        frame = pick(rng, of_part(lists["frames"], part))
+        frame = pick(rng, lists["frames"])
         words = self.lists["train"]["languages"][language]["words"]
-        text = frame.format(act=self._spelled(rng, pick(rng, of_part(acts, part)), words, later=()))
-        if part == "train" and rng.random() < 0.3:
+        text = frame.format(act=self._spelled(rng, pick(rng, acts), words, later=()))
+        if "wishes" in lists and rng.random() < 0.3:
             text = pick(rng, lists["wishes"][category or "benign"])
-        if part == "train" and rng.random() < 0.25:
+        if "attitudes" in lists and rng.random() < 0.25:
             attitude = pick(rng, lists["attitudes"]["harm" if category else "benign"])
             text = f"{text}{'' if text[-1] in '.?!' else ','} {attitude}"
         purpose = self.categories[category]["purpose"] if category else ""  # answers are in English
@@ -123,23 +134,23 @@ class Texts:
         return self._wrap(rng, "suffixes", wish, part)
 
     def turns(self, rng: np.random.Generator, wish: str, part: Part = "train") -> list[str]:
-        frames = of_part(self.lists[part]["frames"]["turns"], part)
+        frames = self.lists[part]["frames"]["turns"]
         return [turn.replace("{wish}", wish) for turn in pick(rng, frames)]
 
     def sign(self, rng: np.random.Generator, part: Part = "train") -> str:
         """A question that leaves what is wished to a text in the picture."""
-        return pick(rng, of_part(self.lists[part]["frames"]["signs"], part))
+        return pick(rng, self.lists[part]["frames"]["signs"])
 
     def _wrap(self, rng: np.random.Generator, kind: str, wish: str, part: Part) -> str:
         ended = wish if wish[-1] in ".!?" else f"{wish}."
         frames = self.lists[part]["frames"]
         composed = part == "train" and rng.random() < COMPOSED
-        frame = pick(rng, frames[f"composed_{kind}"] if composed else of_part(frames[kind], part))
+        frame = pick(rng, frames[f"composed_{kind}"] if composed else frames[kind])
         return self._spelled(rng, frame, frames).replace("{wish}", ended)
 
     def _wish(self, rng: np.random.Generator, lists: dict[str, Any], attitude: str, part: Part) -> tuple[str, str]:
         """A whole wish, or an act in a frame; a third of them with an attitude. Also what for, "" if not said."""
-        acts, wishes = (of_part(lists[key], part) for key in ("acts", "wishes"))
+        acts, wishes = (lists[key] for key in ("acts", "wishes"))
         # An act has as many ways to be put as there are frames: draw it more often.
         whole = rng.random() < len(wishes) / (len(wishes) + 2 * len(acts))
         if not whole and "composed" in lists and rng.random() < COMPOSED:
@@ -148,13 +159,13 @@ class Texts:
             template = self._spelled(rng, pick(rng, wishes if whole else acts), lists)
         feels = ""
         if rng.random() < 0.35:
-            feels = self._spelled(rng, pick(rng, of_part(self.lists[part]["attitudes"][attitude], part)), lists)
+            feels = self._spelled(rng, pick(rng, self.lists[part]["attitudes"][attitude]), lists)
         nouns = NEEDS_NOUN.search(template + feels) is not None
         person = pick(rng, [who for who in self.words["person"] if not (nouns and who in PRONOUNS)])
         same = {"person": person, "they": pick(rng, self.words["they"])}
         text, purpose = template.format(**same), ""
         if not whole:
-            purpose, text = text, pick(rng, of_part(self.lists[part]["frames"]["acts"], part)).format(act=text)
+            purpose, text = text, pick(rng, self.lists[part]["frames"]["acts"]).format(act=text)
         if feels:
             mark = "" if text[-1] in ".?!" else ","
             text = f"{text}{mark} {feels.format(**same)}"
@@ -169,10 +180,12 @@ class Texts:
     @cached_property
     def _kept_back(self) -> set[str]:
         """Every held-out act with every word that can stand in its braces, but for whom it is about."""
-        lists = self.lists["test"]
-        acts = [
-            act for part in (*lists["harm"].values(), lists["lookalikes"], lists["everyday"]) for act in part["acts"]
+        parts: tuple[Part, ...] = ("validation", "test", "strangers")
+        measured = [self.lists[part] for part in parts]
+        kinds = [
+            kind for lists in measured for kind in (*lists["harm"].values(), lists["lookalikes"], lists["everyday"])
         ]
+        acts = [act for kind in kinds for act in kind["acts"]]
         return {text for act in acts for text in self._ways(act)}
 
     def _ways(self, act: str) -> list[str]:
@@ -201,16 +214,18 @@ class Texts:
         return WishSampler(Wishes(load_knowledge()))
 
 
+def _some(lists: Any, places: set[int]) -> Any:
+    """Nested lists with the texts that stand at these places of every EVERY."""
+    if isinstance(lists, dict):
+        return {key: _some(part, places) for key, part in lists.items()}
+    return [text for i, text in enumerate(lists) if i % EVERY in places]
+
+
 def _joined(lists: Any, more: Any) -> Any:
     """Nested lists with the texts of `more`, which has the same shape, behind their own."""
     if not isinstance(more, dict):
         return [*lists, *more]
     return {**lists, **{key: _joined(lists.get(key, type(part)()), part) for key, part in more.items()}}
-
-
-def of_part(texts: Sequence[Any], part: Part) -> Sequence[Any]:
-    """Of the held-out texts every other one is for validation."""
-    return texts if part == "train" else texts[part == "test" :: 2]
 
 
 def pick(rng: np.random.Generator, texts: Sequence[Any]) -> Any:
