@@ -31,6 +31,7 @@ from finetune.protector.exchanges import Exchange, read_exchanges, scored_text
 from finetune.recipe import Settings, StageConfig
 
 PAD, UNKNOWN, FIRST, LAST = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
+LONGEST = 512  # tokens
 
 
 class Size(Settings):
@@ -39,6 +40,17 @@ class Size(Settings):
     vocabulary: int = Field(default=3000, ge=300)
     width: int = Field(default=128, ge=16, multiple_of=16)
     layers: int = Field(default=2, ge=1)
+
+    def shape(self, vocabulary: int) -> dict[str, int]:
+        """Settings of a configuration of transformers."""
+        return {
+            "vocab_size": vocabulary,
+            "hidden_size": self.width,
+            "intermediate_size": 2 * self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.width // 32 or 1,
+            "max_position_embeddings": LONGEST,
+        }
 
 
 class Config(StageConfig):
@@ -81,18 +93,10 @@ def write_detector(place: Path, exchanges: list[Exchange], size: Size) -> None:
         unk_token=UNKNOWN,
         cls_token=FIRST,
         sep_token=LAST,
-        model_max_length=512,
+        model_max_length=LONGEST,
     )
-    shape = BertConfig(
-        vocab_size=len(fast),
-        hidden_size=size.width,
-        intermediate_size=2 * size.width,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.width // 32 or 1,
-        max_position_embeddings=512,
-        pad_token_id=fast.pad_token_id,
-    )
-    BertForSequenceClassification(shape).save_pretrained(place)
+    config = BertConfig(**size.shape(len(fast)), pad_token_id=fast.pad_token_id)
+    BertForSequenceClassification(config).save_pretrained(place)
     fast.save_pretrained(place)
 
 
@@ -116,20 +120,10 @@ def write_detoxifier(place: Path, exchanges: list[Exchange], size: Size) -> None
         bos_token=FIRST,
         eos_token=LAST,
         clean_up_tokenization_spaces=False,
-        model_max_length=512,
+        model_max_length=LONGEST,
     )
     ends = {"pad_token_id": fast.pad_token_id, "bos_token_id": fast.bos_token_id, "eos_token_id": fast.eos_token_id}
-    shape = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=size.width,
-        intermediate_size=2 * size.width,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.width // 32 or 1,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        **ends,
-    )
-    model = LlamaForCausalLM(shape)
+    model = LlamaForCausalLM(LlamaConfig(**size.shape(len(fast)), tie_word_embeddings=True, **ends))
     model.generation_config = GenerationConfig(do_sample=False, **ends)
     model.save_pretrained(place)
     fast.save_pretrained(place)
