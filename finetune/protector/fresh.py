@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -41,7 +41,7 @@ class Size(Settings):
     width: int = Field(default=128, ge=16, multiple_of=16)
     layers: int = Field(default=2, ge=1)
 
-    def shape(self, vocabulary: int) -> dict[str, int]:
+    def shape(self, vocabulary: int) -> dict[str, Any]:
         """Settings of a configuration of transformers."""
         return {
             "vocab_size": vocabulary,
