@@ -13,7 +13,6 @@ from finetune.protector.data import exchanges
 from finetune.protector.detoxifier import REFUSAL, encoded, rewritings
 from finetune.protector.exchanges import Exchange, read_exchange, write_rows
 from finetune.protector.fresh import Size, write_detector, write_detoxifier
-from finetune.protector.guard import threshold_for
 from finetune.protector.harm_detector import Collator, Judged, harm_loss, load_classifier, misspelled
 from finetune.protector.measure import Scored, auroc, choose_threshold, resampled, roc, score, share_interval
 from finetune.recipe import RECIPES, read_recipe, run_recipe
@@ -149,16 +148,6 @@ def test_the_threshold_spares_the_harmless():
 def test_the_threshold_lies_in_the_middle_of_a_gap():
     harm, truth = scored([0.1] * 300, [0.9] * 300)
     assert choose_threshold(harm, truth, most=0.02) == pytest.approx(0.5)
-
-
-def test_the_threshold_spares_also_the_few_that_sound_like_harm():
-    """They are too few to count among all that is harmless."""
-    exchanges = [Exchange("a", (), (), i >= 1000, lookalike=900 <= i < 1000) for i in range(2000)]
-    harm = np.array([0.1] * 900 + [0.1] * 97 + [0.6] * 3 + [0.5] * 500 + [0.9] * 500)
-    asked = np.ones(2000, bool)
-    texts = Scored(harm, np.zeros((2000, 1)), np.arange(2000) >= 1000, asked, np.arange(2000))
-    assert choose_threshold(texts.harm, texts.harmful, most=0.02) < 0.5
-    assert 0.6 < threshold_for(texts, exchanges, most=0.02) < 0.9
 
 
 def test_a_detector_that_would_flag_the_harmless_flags_nothing():

@@ -78,8 +78,7 @@ light") and are flagged, alone or with a harmless answer.
 ![ROC curves](roc.png)
 
 {metrics["threshold"]:.4f}, chosen on the validation split: of all thresholds that flag at most {100 * most:g}% of its
-harmless texts, and of its look-alikes, alone or with their answers, both by the upper end of the 95% interval, those
-that flag most of its harmful ones, and of these the middle.
+harmless texts, by the upper end of the 95% interval, those that flag most of its harmful ones, and of these the middle.
 {_attacks(metrics)}
 ## What it is not
 

@@ -42,9 +42,9 @@ class Config(StageConfig):
     """Settings of the stage.
 
     detector, detoxifier: folders of the trained models; without a detoxifier harmful answers are refused. validation:
-    exchanges for the threshold. most: the largest share of harmless texts that it may flag there, and of those that
-    sound like harm. test, strangers, categories, attacks: what is measured besides, see `finetune.protector.splits`.
-    refusals: a friendly text for each kind of harm; those of the built-in set unless given.
+    exchanges for the threshold. most: the largest share of harmless texts that it may flag there. test, strangers,
+    categories, attacks: what is measured besides, see `finetune.protector.splits`. refusals: a friendly text for each
+    kind of harm; those of the built-in set unless given.
     """
 
     stage: Literal["guard"] = "guard"
@@ -77,7 +77,7 @@ def run(config: Config) -> None:
             exchanges = read_exchanges(path)
             scored = curves[name] = score(model, tokenizer, exchanges)
             if name == "validation":
-                threshold = found["threshold"] = threshold_for(scored, exchanges, most=config.most)
+                threshold = found["threshold"] = choose_threshold(scored.harm, scored.harmful, most=config.most)
             found.update(prefixed(name, measured(scored, exchanges, threshold, seed=config.seed)))
         if config.attacks is not None:
             found.update(prefixed("attacks", caught(model, tokenizer, config.attacks, threshold)))
@@ -121,19 +121,6 @@ def _described(config: Config, threshold: float, labels: Sequence[str]) -> dict[
         "categories": list(labels),
         "refusals": {name: text for name, text in {**ours, **config.refusals}.items() if name in labels},
     }
-
-
-def threshold_for(scored: Scored, exchanges: Sequence[Exchange], *, most: float) -> float:
-    """`choose_threshold` for the harmless texts, and for the harmless questions that sound like harm, each with the
-    worst of its texts; the higher of the two, so that neither are flagged more often than `most`."""
-    chosen = choose_threshold(scored.harm, scored.harmful, most=most)
-    worst = np.zeros(len(exchanges), scored.harm.dtype)
-    np.maximum.at(worst, scored.exchange[~scored.harmful], scored.harm[~scored.harmful])
-    lookalikes = worst[[exchange.lookalike for exchange in exchanges]]
-    if len(lookalikes) == 0:
-        return chosen
-    scores = np.concatenate([lookalikes, scored.harm[scored.harmful]])
-    return max(chosen, choose_threshold(scores, np.arange(len(scores)) >= len(lookalikes), most=most))
 
 
 def measured(scored: Scored, exchanges: Sequence[Exchange], threshold: float, *, seed: int = 0) -> Metrics:
