@@ -180,8 +180,9 @@ def _row(
 ) -> Row:
     """The wish in one of the ways to put it: harmless ones in each as often, so that the way tells nothing."""
     kind = str(rng.choice(["direct", "direct", "direct", "role-play", "suffix", "talk"]))
+    wish = texts.among_others(rng, asked.text) if part == "train" else asked.text
     return {
-        "question": _put(texts, rng, kind, asked.text, part),
+        "question": _put(texts, rng, kind, wish, part),
         "question_harmful": asked.category is not None,
         "categories": [asked.category] if asked.category else [],
         "answers": answers,

@@ -127,6 +127,15 @@ class Texts:
         purpose = self.categories[category]["purpose"] if category else ""  # answers are in English
         return Asked(as_typed(rng, text), purpose, category)
 
+    def among_others(self, rng: np.random.Generator, wish: str) -> str:
+        """A wish of the training as it is, or with friendly words before or behind it."""
+        frames = self.lists["train"]["frames"]
+        if rng.random() < 0.25:
+            wish = pick(rng, frames["openers"]) + wish[0].lower() + wish[1:]
+        if rng.random() < 0.2:
+            wish = wish.rstrip(".!? ") + pick(rng, frames["closers"])
+        return wish
+
     def role(self, rng: np.random.Generator, wish: str, part: Part = "train") -> str:
         return self._wrap(rng, "roles", wish, part)
 
