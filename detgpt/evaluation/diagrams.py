@@ -33,7 +33,7 @@ def reliability(runs: Mapping[str, Claims]) -> Figure:
     """A column for each run, a row for targets and one for boxes: how often claims of a confidence are right, in ten
     bins; a dot is as large as its bin is full. What is as sure as it is right lies on the diagonal."""
     figure, panels = _panels(runs)
-    for panel, stages, title in panels:
+    for panel, stages in panels:
         panel.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle="--")
         for stage, judged in stages.items():
             counts, confidence, hits = calibration_bins(judged.confidences, judged.correct)
@@ -45,7 +45,7 @@ def reliability(runs: Mapping[str, Claims]) -> Figure:
             panel.plot(x, y, color=COLOURS[stage], linewidth=1, alpha=0.5)
             dots: dict[str, Any] = {"s": 5 + 110 * share, "alpha": 0.8, "clip_on": False}
             panel.scatter(x, y, color=COLOURS[stage], label=f"{stage}, ECE {100 * ece:.1f}%", **dots)
-        panel.set(title=title, xlabel="how sure", ylabel="how often right", aspect="equal", xlim=(0, 1), ylim=(0, 1))
+        panel.set(xlabel="how sure", ylabel="how often right", aspect="equal", xlim=(0, 1), ylim=(0, 1))
         if panel.collections:  # something was claimed
             panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), markerscale=0.5, frameon=False, fontsize=8)
     return figure
@@ -55,13 +55,13 @@ def risk_and_coverage(runs: Mapping[str, Claims]) -> Figure:
     """The same panels: of the surest share of the claims, how many are wrong. A calibration leaves the order and with
     it the curve as it was; the level line is what claims in no order would give."""
     figure, panels = _panels(runs)
-    for panel, stages, title in panels:
+    for panel, stages in panels:
         stage, judged = list(stages.items())[-1]
         if len(judged.correct):
             coverage, risk = risk_coverage(judged.confidences, judged.correct)
             panel.axhline(100 * risk[-1], color="0.7", linewidth=1, linestyle="--")
             panel.plot(100 * coverage, 100 * risk, color=COLOURS[stage], linewidth=1.5)
-        panel.set(title=title, xlim=(0, 100), xlabel="answered, surest first (%)", ylabel="wrong (%)")
+        panel.set(xlim=(0, 100), xlabel="answered, surest first (%)", ylabel="wrong (%)")
         panel.set_ylim(bottom=0)
     return figure
 
@@ -76,15 +76,16 @@ def save_figure(figure: Figure, path: Path) -> list[Path]:
     return written
 
 
-def _panels(runs: Mapping[str, Claims]) -> tuple[Figure, list[tuple[Any, Mapping[str, Judged], str]]]:
-    """An empty figure, and (axes, stages, title) of each of its panels."""
+def _panels(runs: Mapping[str, Claims]) -> tuple[Figure, list[tuple[Any, Mapping[str, Judged]]]]:
+    """An empty figure, and (axes, stages) of each of its panels, which have their titles."""
     kinds = list(next(iter(runs.values())))
     with load_extra("matplotlib").rc_context(SETTINGS):
         size = PANEL_INCHES[0] * len(runs), PANEL_INCHES[1] * len(kinds)
         figure = load_extra(FIGURE).Figure(figsize=size, layout="constrained")
         axes = figure.subplots(len(kinds), len(runs), squeeze=False)
-    return figure, [
-        (axes[row, column], made[kind], f"{run}: {kind}")
-        for column, (run, made) in enumerate(runs.items())
-        for row, kind in enumerate(kinds)
-    ]
+        panels = []
+        for column, (run, made) in enumerate(runs.items()):
+            for row, kind in enumerate(kinds):
+                axes[row, column].set_title(f"{run}: {kind}")
+                panels.append((axes[row, column], made[kind]))
+    return figure, panels
