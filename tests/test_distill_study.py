@@ -69,9 +69,11 @@ def test_students_that_name_nothing_have_no_calibration():
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory):
     folder = tmp_path_factory.mktemp("first")
-    overrides = [f"{step}.output={folder / step}" for step in ("talks", "held-out", "answers", "teacher", "study")]
+    steps = ("talks", "held-out", "answers", "larger", "teacher", "study")
+    overrides = [f"{step}.output={folder / step}" for step in steps]
     overrides += [f"{step}.scenes={scenes}" for step, scenes in (("talks", 8), ("held-out", 3), ("answers", 3))]
     overrides += [
+        f"teacher.model={folder / 'larger'}",
         f"teacher.train={folder / 'talks'}",
         "teacher.trainer.max_steps=1",
         f"study.teacher={folder / 'teacher'}",
@@ -104,7 +106,7 @@ def test_one_command_gives_students_of_every_method_and_what_they_are_worth(stud
     scaled = json.loads((folder / "seed-0/SFT-temperature/temperature.json").read_text())
     assert scaled["validation_nll_scaled"] <= scaled["validation_nll"]
     sizes = json.loads((folder / "seed-0/student/run.json").read_text())["metrics"]
-    assert sizes["parameters"] <= sizes["parameters_of_teacher"] / 3
+    assert sizes["parameters"] <= sizes["parameters_of_other"] / 3
     assert not list(folder.rglob("checkpoint-*"))
 
 
