@@ -83,7 +83,7 @@ def _panels(runs: Mapping[str, Claims]) -> tuple[Figure, list[tuple[Any, Mapping
         size = PANEL_INCHES[0] * len(runs), PANEL_INCHES[1] * len(kinds)
         figure = load_extra(FIGURE).Figure(figsize=size, layout="constrained")
         axes = figure.subplots(len(kinds), len(runs), squeeze=False)
-        panels = []
+        panels: list[tuple[Any, Mapping[str, Judged]]] = []
         for column, (run, made) in enumerate(runs.items()):
             for row, kind in enumerate(kinds):
                 axes[row, column].set_title(f"{run}: {kind}")
