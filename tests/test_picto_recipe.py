@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import detgpt
 from finetune.recipe import run_recipe
@@ -49,3 +50,24 @@ def test_steps_that_are_done_are_not_done_again(built, monkeypatch):
     monkeypatch.chdir(built)
     monkeypatch.setattr(torch.Tensor, "backward", None)  # nothing may be trained
     run_recipe("picto", SMALL)
+
+
+def test_a_model_is_taken_further_from_where_it_is(built, monkeypatch):
+    """New scenes, and the tower and the language model go on from the trained ones."""
+    monkeypatch.chdir(built)
+    (built / "weights").mkdir()
+    (built / "weights/picto").symlink_to(built / "picto")
+    trainings = [
+        f"{step}.trainer.{key}"
+        for step in ("tower", "conversations")
+        for key in ("max_steps=2", "learning_rate=0", "per_device_train_batch_size=4")
+    ]
+    run_recipe("picto-further", [*SMALL[:4], *trainings])
+    before, after = (load_file(f"{folder}/reasoner/model.safetensors") for folder in ("picto", "build/further/picto"))
+    learned = [name for name in before if "running_" not in name and "num_batches" not in name]
+    assert learned and all(torch.equal(before[name], after[name]) for name in learned)
+    assert (
+        detgpt.DetGPT.from_pretrained("build/further/picto")
+        .detect("build/world/images/000000.webp", "I am thirsty")
+        .answer
+    )

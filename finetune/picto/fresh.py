@@ -245,3 +245,11 @@ def write_reasoner(
     tokenizer = reasoner_tokenizer(texts)
     make_reasoner(len(tokenizer), tower, pixel_values).save_pretrained(folder)
     reasoner_processor(tokenizer).save_pretrained(folder)
+
+
+def write_with_tower(folder: Path, reasoner: Path, tower: dict[str, torch.Tensor]) -> None:
+    """The trained `reasoner` with another tower of the same shape, which it has yet to learn to read."""
+    model = LlavaForConditionalGeneration.from_pretrained(reasoner, dtype=torch.float32)
+    model.model.vision_tower.load_state_dict(tower)
+    model.save_pretrained(folder)
+    LlavaProcessor.from_pretrained(reasoner).save_pretrained(folder)

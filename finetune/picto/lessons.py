@@ -23,7 +23,7 @@ from safetensors.torch import load_model
 
 from finetune import rundir
 from finetune.picto.dense import pixels
-from finetune.picto.fresh import write_reasoner
+from finetune.picto.fresh import write_reasoner, write_with_tower
 from finetune.picto.knowledge import load_knowledge
 from finetune.picto.language import Wishes
 from finetune.picto.talks import FACTS, Conversations, Exchange, messages
@@ -35,12 +35,18 @@ RECOGNISED = 0.35  # least score of the tower for a thing that an answer names
 
 
 class Config(StageConfig):
-    """world: a folder of `picto.world`. tower: a folder of `picto.tower`. rounds: conversations about each scene."""
+    """world: a folder of `picto.world`. tower: a folder of `picto.tower`. rounds: conversations about each scene.
+
+    captions: how many scenes have a caption, all if not said.
+    start: folder of a trained reasoner of the same shape, which gets the tower in the place of a fresh one.
+    """
 
     stage: Literal["picto.lessons"]
     world: Path
     tower: Path
     rounds: int = 1
+    captions: int | None = None
+    start: Path | None = None
 
 
 def run(config: Config) -> None:
@@ -59,7 +65,7 @@ def run(config: Config) -> None:
         return {"image": os.path.relpath(world.pictures[index].file, folder), "messages": messages(exchanges)}
 
     def captions(folder: Path) -> Iterator[dict]:
-        for i, picture in enumerate(world.pictures):
+        for i, picture in enumerate(world.pictures[: config.captions]):
             rng = np.random.default_rng((config.seed, i, 5))
             yield record(folder, i, conversations.caption(rng, picture.place, readable[i]))
 
@@ -74,9 +80,13 @@ def run(config: Config) -> None:
     _write(config.output / "captions", captions(config.output / "captions"))
     _write(config.output / "conversations", talks(config.output / "conversations"))
     eyes = tower.tower.state_dict()
-    some = pixels(np.stack([world[i]["image"] for i in range(min(len(world), 256))]))
-    texts = _texts(config.output / "conversations")
-    rundir.write_folder(config.output / "reasoner", lambda place: write_reasoner(place, texts, eyes, some))
+    if config.start is not None:
+        start = config.start
+        rundir.write_folder(config.output / "reasoner", lambda place: write_with_tower(place, start, eyes))
+    else:
+        some = pixels(np.stack([world[i]["image"] for i in range(min(len(world), 256))]))
+        texts = _texts(config.output / "conversations")
+        rundir.write_folder(config.output / "reasoner", lambda place: write_reasoner(place, texts, eyes, some))
     rundir.finish(config.output, {})
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForImageTextToText
 
 from finetune import rundir
 from finetune.picto.dense import augment, cell_labels, dominant, pixels, presence_f1, sparse_bce
@@ -30,10 +30,14 @@ RESNET_IN_DETECTOR = "model.backbone.conv_encoder.model."
 
 
 class Config(LessonConfig):
-    """detector: folder of the trained detector, whose ResNet the tower starts with."""
+    """detector: folder of the trained detector, whose ResNet the tower starts with.
+
+    start: folder of a reasoner, whose tower to go on with instead.
+    """
 
     stage: Literal["picto.tower"]
     detector: Path
+    start: Path | None = None
 
 
 class DenseTower(nn.Module):
@@ -66,7 +70,11 @@ def run(config: Config) -> None:
     rundir.start(config)
     torch.manual_seed(config.seed)
     model = DenseTower(len(load_knowledge().classes))
-    take_resnet(model, load_file(config.detector / "model.safetensors"))
+    if config.start is None:
+        take_resnet(model, load_file(config.detector / "model.safetensors"))
+    else:
+        reasoner = AutoModelForImageTextToText.from_pretrained(config.start, dtype=torch.float32)
+        model.tower.load_state_dict(reasoner.model.vision_tower.state_dict())
     resnet = model.tower.embeddings.backbone
     for part in (resnet.embedder, resnet.encoder.stages[0]):  # they have learned what they can, and cost most
         part.requires_grad_(False)
