@@ -3,6 +3,7 @@
     stage: protector.data
     output: build/guard/data
     harmful: 8000           # exchanges of the training about harm; as many are about none
+    alone: 0                # questions without an answer besides; every other one means harm
 
     train, validation, test     exchanges that share no text and no question
     strangers                   the same by an author of whom training has nothing
@@ -55,10 +56,11 @@ FOREIGN = 0.3  # share of harmless wishes that are not chosen to sound like harm
 
 
 class Config(StageConfig):
-    """harmful: exchanges about harm in `train`. measured: the same of each other folder."""
+    """harmful: exchanges about harm in `train`. alone: questions in it besides. measured: as `harmful`, elsewhere."""
 
     stage: Literal["protector.data"]
     harmful: int = Field(default=8000, ge=20)
+    alone: int = Field(default=0, ge=0)
     measured: int = Field(default=1200, ge=20)
 
 
@@ -70,6 +72,8 @@ def run(config: Config) -> None:
     for folder in PARTS:
         count = config.harmful if folder == "train" else config.measured
         rows = exchanges(folder, 2 * count, config.seed, taken)
+        if folder == "train":
+            rows += questions(config.alone, config.seed, taken)
         write_rows(config.output / folder, rows)
         terminal.note(f"wrote {len(rows)} exchanges to {config.output / folder}")
     rundir.finish(config.output, {})
@@ -86,6 +90,20 @@ def exchanges(folder: str, count: int, seed: int, taken: set[str]) -> list[Row]:
         row = _new(lambda rng=rng, category=category: _exchange(texts, rng, category, part), taken)  # type: ignore[misc]
         rows.append(row)
     return rows
+
+
+def questions(count: int, seed: int, taken: set[str]) -> list[Row]:
+    """`count` questions for training that have no answer, likewise."""
+    rows = exchanges("train", count, seed + 1, taken)
+    return [
+        {
+            "question": row["question"],
+            "question_harmful": row["question_harmful"],
+            "categories": row["categories"] if row["question_harmful"] else [],
+            "kind": row["kind"],
+        }
+        for row in rows
+    ]
 
 
 def _new(draw: Callable[[], Row], taken: set[str]) -> Row:
