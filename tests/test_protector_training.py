@@ -175,6 +175,7 @@ def test_the_recipe_makes_a_guard_in_miniature(tmp_path, monkeypatch):
     short = ["trainer.logging_steps=5", "trainer.per_device_train_batch_size=16", "trainer.num_train_epochs=5"]
     overrides = [
         "data.harmful=150",
+        "data.alone=20",
         "data.measured=40",
         *(
             f"fresh.{part}.{key}"
