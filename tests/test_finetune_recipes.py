@@ -15,7 +15,6 @@ FAMILY_OF = {
     "grpo-picto": None,
     "reward-picto": None,
     "pareto-picto/base": None,
-    "first-picto/teacher": None,
     "qwen3-vl-2b-lora": "Qwen3-VL",
     "llava-1.5-7b/align": "LLaVA 1.5",
     "llava-1.5-7b/instruct": "LLaVA 1.5",
@@ -27,10 +26,9 @@ ANSWERS = {"chosen": 'A desk.\nTargets: ["cup"]', "rejected": "Targets: []"}
 
 def shipped() -> list[str]:
     files = {str(file.relative_to(RECIPES).with_suffix("")): read_yaml(file) for file in RECIPES.rglob("*.yaml")}
-    # Those of several steps are tried as a whole: test_picto_recipe.py and test_finetune_newcomer.py.
-    return sorted(
-        n for n, values in files.items() if values.get("stage") in STAGES and not n.startswith(("picto/", "sample/"))
-    )
+    # Tried as a whole: test_picto_recipe.py, test_finetune_newcomer.py and test_distill_study.py.
+    whole = ("picto/", "picto-further/", "sample/", "first-picto/")
+    return sorted(n for n, values in files.items() if values.get("stage") in STAGES and not n.startswith(whole))
 
 
 @pytest.mark.parametrize("name", shipped())
