@@ -5,8 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from detgpt.errors import InputError
+from detgpt.guards.ngrams import NGrams
+from detgpt.guards.parts import HarmDetector
 from detgpt.guards.template import harm_prompt, rewrite_prompt
 from finetune.batching import IGNORED
 from finetune.protector.data import exchanges
@@ -76,17 +79,20 @@ def test_a_batch_keeps_its_pairs_together(detector):
 # ------------------------------------------------------------------------------------------- the words of inference
 
 
-def test_training_and_scoring_read_the_template_of_inference(detector, monkeypatch):
+def test_training_and_scoring_read_the_template_of_inference(some, tmp_path, monkeypatch):
     """The released code trains on question and answer, and evaluates the answer alone."""
-    model, tokenizer = detector
-    read = []
-    monkeypatch.setattr(
-        "finetune.protector.measure.harm_scores",
-        lambda model, tokenizer, texts, **_: read.extend(texts) or np.zeros((len(texts), 3)),
-    )
-    score(model, tokenizer, [PAIR])
-    assert read == Judged([PAIR], ["theft"])[0]["texts"]
-    assert read == [harm_prompt(PAIR.question, answer) for answer in (None, *PAIR.answers)]
+    write_detector(tmp_path, some, Size(vocabulary=600, width=32, layers=1))
+    judge = HarmDetector(tmp_path, ["theft"], torch.device("cpu"))
+    read, tokenize = [], PreTrainedTokenizerFast.__call__
+
+    def listen(tokenizer, texts, **settings):
+        read.extend([texts] if isinstance(texts, str) else texts)
+        return tokenize(tokenizer, texts, **settings)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", listen)
+    score(judge, [PAIR])
+    assert set(read) == set(Judged([PAIR], ["theft"])[0]["texts"])
+    assert set(read) == {harm_prompt(PAIR.question, answer) for answer in (None, *PAIR.answers)}
 
 
 def test_the_detoxifier_learns_the_rewrite_alone_behind_the_prompt_of_inference(some, tmp_path):
@@ -162,7 +168,7 @@ def test_an_interval_holds_its_share_and_narrows_with_more():
 
 def test_the_area_has_an_interval_around_it():
     harm, truth = scored(np.random.default_rng(1).normal(0, 1, 100), np.random.default_rng(2).normal(2, 1, 100))
-    low, high = resampled(Scored(harm, harm[:, None], truth, truth, np.arange(200)), seed=0)
+    low, high = resampled(Scored(harm, truth, truth, np.arange(200)), seed=0)
     assert low < auroc(harm, truth) < high < 1.0001 and high - low < 0.1
 
 
@@ -195,6 +201,7 @@ def test_the_recipe_makes_a_guard_in_miniature(tmp_path, monkeypatch):
     classifier = AutoModelForSequenceClassification.from_pretrained(guard / "detector")
     assert classifier.config.num_labels == 1 + len(described["categories"])
     assert [classifier.config.id2label[1 + i] for i in range(len(described["categories"]))] == described["categories"]
+    assert described["questions"]["alone"][0] > 0 and len(NGrams.load(guard / "questions").hashes) > 1000
     assert AutoModelForCausalLM.from_pretrained(guard / "detoxifier").config.max_position_embeddings >= 512
     run = json.loads((tmp_path / "build/guard/assembled/run.json").read_text())
     assert run["metrics"]["test_auroc"] > 0.6  # five short epochs: better than chance

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import (
@@ -21,6 +23,7 @@ from transformers import (
 
 from detgpt.errors import InputError, ModelError
 from detgpt.guards import Exchange
+from detgpt.guards.ngrams import NGrams
 from detgpt.guards.normalise import normalised
 from detgpt.guards.template import harm_prompt, rewrite_prompt
 
@@ -29,11 +32,54 @@ ROWS_PER_PASS = 16
 MAX_REWRITTEN = 256  # tokens
 
 
+@dataclass(frozen=True)
+class Questions:
+    """What n-grams add to a detector: logistic regressions over the logits of both.
+
+    alone: the n-grams' factor for a question without an answer, and a bias. answered: the detector's factor for an
+    exchange, the n-grams', and a bias.
+    """
+
+    ngrams: NGrams
+    alone: tuple[float, float] = (1.0, 0.0)
+    answered: tuple[float, float, float] = (1.0, 0.0, 0.0)
+
+    @classmethod
+    def load(cls, guard: Path, described: Mapping[str, Any]) -> Questions:
+        """Those that a guard's folder describes as "folder", "alone" and "answered". Raises `ModelError`."""
+        try:
+            (of_question, question_bias), (of_exchange, beside, bias) = described["alone"], described["answered"]
+            alone, answered = (
+                (float(of_question), float(question_bias)),
+                (float(of_exchange), float(beside), float(bias)),
+            )
+            folder = guard / described["folder"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{guard}: 'questions' must have 'folder', two numbers 'alone' and three 'answered': {error!r}"
+            ) from error
+        return cls(NGrams.load(folder), alone, answered)
+
+    def mix(self, exchanges: Sequence[Exchange], logits: np.ndarray) -> np.ndarray:
+        """The logits of harm of exchanges, (N,), from those of the detector, (N,)."""
+        asked = self.ngrams.score([question for question, _ in exchanges])
+        of_question, question_bias = self.alone
+        of_exchange, beside, bias = self.answered
+        alone = np.array([answer is None for _, answer in exchanges], bool)
+        return np.where(alone, of_question * asked + question_bias, of_exchange * logits + beside * asked + bias)
+
+
 class HarmDetector:
     """How harmful an exchange is, and in which way."""
 
     def __init__(
-        self, folder: Path, categories: Sequence[str], device: torch.device, *, max_length: int | None = None
+        self,
+        folder: Path,
+        categories: Sequence[str],
+        device: torch.device,
+        *,
+        max_length: int | None = None,
+        questions: Questions | None = None,
     ) -> None:
         """Raises `ModelError` where it does not load, or has other outputs than harm and `categories`."""
         self._tokenizer, self._model = _load(folder, AutoModelForSequenceClassification, device)
@@ -46,6 +92,7 @@ class HarmDetector:
                 "there must be one for harm and one for each category"
             )
         self._categories = tuple(categories)
+        self._questions = questions
         self._model.config.pad_token_id = self._tokenizer.pad_token_id
         could = _window(self._tokenizer, self._model)
         self._most = min(could, max_length or could)
@@ -55,7 +102,7 @@ class HarmDetector:
     def score(self, exchanges: Sequence[Exchange]) -> list[tuple[float, str | None]]:
         """For each exchange the chance of harm in [0, 1] and the likeliest category; of the worst of its pieces."""
         with self._lock, torch.inference_mode():
-            rows = [(i, row) for i, exchange in enumerate(exchanges) for row in self._prompts(*exchange)]
+            rows = [(i, row) for i, exchange in enumerate(exchanges) for row in self._fitting(*exchange)]
             logits = self._logits([row for _, row in rows])
         found: list[tuple[float, str | None]] = [(-1.0, None)] * len(exchanges)
         for (i, _), row_logits in zip(rows, logits, strict=True):
@@ -65,22 +112,21 @@ class HarmDetector:
                 found[i] = harm, self._categories[int(kinds.argmax())] if len(kinds) else None
         return found
 
-    def _prompts(self, question: str, answer: str | None) -> list[str]:
-        """One prompt where the exchange fits, else one for each pair of a piece of the question and of the answer."""
+    def _fitting(self, question: str, answer: str | None) -> list[Exchange]:
+        """The exchange where it fits, else one for each pair of a piece of the question and of the answer."""
         question, answer = normalised(question), None if answer is None else normalised(answer)
-        whole = harm_prompt(question, answer)
-        if self._count(whole) <= self._most:
-            return [whole]
+        if self._count(harm_prompt(question, answer)) <= self._most:
+            return [(question, answer)]
         # Half of the room each; a little less, because a piece may take more tokens inside the frame than alone.
         room = (self._most - self._frame) // 2 - 2
         said = [None] if answer is None else self._pieces(answer, room)
-        prompts = [harm_prompt(part, other) for part in self._pieces(question, room) for other in said]
-        if len(prompts) > MAX_PIECES:
+        pieces = [(part, other) for part in self._pieces(question, room) for other in said]
+        if len(pieces) > MAX_PIECES:
             raise InputError(
                 f"a text of {len(question) + len(answer or '')} characters is too long to be checked for harm: "
                 "make it shorter"
             )
-        return prompts
+        return pieces
 
     def _pieces(self, text: str, room: int) -> list[str]:
         """Parts of `text` of at most `room` tokens that overlap by a quarter."""
@@ -95,14 +141,16 @@ class HarmDetector:
     def _count(self, text: str) -> int:
         return len(self._tokenizer(text, verbose=False)["input_ids"])
 
-    def _logits(self, prompts: Sequence[str]) -> torch.Tensor:
+    def _logits(self, exchanges: Sequence[Exchange]) -> torch.Tensor:
         """(rows, 1 + categories), float32."""
         parts = []
-        for start in range(0, len(prompts), ROWS_PER_PASS):
-            rows = list(prompts[start : start + ROWS_PER_PASS])
+        for start in range(0, len(exchanges), ROWS_PER_PASS):
+            rows = [harm_prompt(*exchange) for exchange in exchanges[start : start + ROWS_PER_PASS]]
             inputs = self._tokenizer(rows, padding=True, return_token_type_ids=False, return_tensors="pt")
             parts.append(self._model(**inputs.to(self._model.device)).logits.float().cpu())
         logits = torch.cat(parts) if parts else torch.empty(0, 1 + len(self._categories))
+        if self._questions is not None:
+            logits[:, 0] = torch.from_numpy(self._questions.mix(exchanges, logits[:, 0].numpy()))
         if not torch.isfinite(logits).all():
             raise ModelError("the harm detector gave a number that is none: its weights are damaged")
         return logits

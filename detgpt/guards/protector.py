@@ -5,9 +5,12 @@
 The folder holds `guard.json`, `detector/` and, unless harmful answers are only refused, `detoxifier/`:
 
     {"detector": "detector", "detoxifier": "detoxifier", "threshold": 0.5,
-     "categories": ["violence", …], "refusals": {"violence": "I will not help to hurt somebody. …"}}
+     "categories": ["violence", …], "refusals": {"violence": "I will not help to hurt somebody. …"},
+     "questions": {"folder": "questions", "alone": [1.1, 0.2], "answered": [0.9, 0.3, -0.1]}}
 
-The detector is a sequence classifier: its first logit says harm, the others which of the categories. The detoxifier is
+The detector is a sequence classifier: its first logit says harm, the others which of the categories. "questions", which
+a small detector needs, are n-grams that judge a question alone, and beside the detector one with an answer; the
+numbers are those of `parts.Questions`. The detoxifier is
 a language model that goes on from `template.rewrite_prompt`; what it writes is judged again, and refused if it is still
 harmful. The detector reads what a text hides by spelling or encoding (`normalise`), as it did in training. Texts that
 are longer than it reads at once ("max_length" tokens, where that is less than the model could) are judged in
@@ -20,6 +23,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from detgpt.errors import InputError, ModelError
 from detgpt.guards import Exchange, Verdict
@@ -53,12 +57,16 @@ class Protector:
         if not 0 < self.threshold < 1:
             raise InputError(f"threshold={self.threshold!r} is no chance of harm: give a fraction between 0 and 1")
         from detgpt.device import choose_device
-        from detgpt.guards.parts import Detoxifier, HarmDetector
+        from detgpt.guards.parts import Detoxifier, HarmDetector, Questions
 
         self.name = str(folder)
         on = choose_device(device)
         self._detector = HarmDetector(
-            place / self.described.detector, self.described.categories, on, max_length=self.described.max_length
+            place / self.described.detector,
+            self.described.categories,
+            on,
+            max_length=self.described.max_length,
+            questions=None if self.described.questions is None else Questions.load(place, self.described.questions),
         )
         rewriter = self.described.detoxifier if detoxify else None
         self._detoxifier = None if rewriter is None else Detoxifier(place / rewriter, on)
@@ -96,6 +104,7 @@ class Description:
     max_length: int | None = None
     categories: Sequence[str] = ()
     refusals: Mapping[str, str] = field(default_factory=dict)
+    questions: Mapping[str, Any] | None = None
 
 
 def _read_description(folder: Path) -> Description:
@@ -105,7 +114,7 @@ def _read_description(folder: Path) -> Description:
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(
             f"{folder} is no guard ({error}): it must hold {GUARD_FILE} with 'detector', and may have 'detoxifier', "
-            "'threshold', 'max_length', 'categories' and 'refusals'"
+            "'threshold', 'max_length', 'categories', 'refusals' and 'questions'"
         ) from error
     if not isinstance(described.refusals, Mapping) or isinstance(described.categories, str):
         raise ModelError(f"{file}: 'categories' must be a list of names, and 'refusals' must map them to texts")

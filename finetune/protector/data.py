@@ -3,9 +3,10 @@
     stage: protector.data
     output: build/guard/data
     harmful: 8000           # exchanges of the training about harm; as many are about none
-    alone: 0                # questions without an answer besides; every other one means harm
+    alone: 0                # questions of the training without an answer; every other one means harm
 
     train, validation, test     exchanges that share no text and no question
+    questions                   the `alone`: for n-grams, which read no answers
     strangers                   the same by an author of whom training has nothing
     categories                  kinds of harm that no training knows, with harmless exchanges, by that author
 
@@ -56,7 +57,7 @@ FOREIGN = 0.3  # share of harmless wishes that are not chosen to sound like harm
 
 
 class Config(StageConfig):
-    """harmful: exchanges about harm in `train`. alone: questions in it besides. measured: as `harmful`, elsewhere."""
+    """harmful: exchanges about harm in `train`. alone: questions beside it. measured: as `harmful`, elsewhere."""
 
     stage: Literal["protector.data"]
     harmful: int = Field(default=8000, ge=20)
@@ -71,11 +72,11 @@ def run(config: Config) -> None:
     taken: set[str] = set()
     for folder in PARTS:
         count = config.harmful if folder == "train" else config.measured
-        rows = exchanges(folder, 2 * count, config.seed, taken)
-        if folder == "train":
-            rows += questions(config.alone, config.seed, taken)
-        write_rows(config.output / folder, rows)
-        terminal.note(f"wrote {len(rows)} exchanges to {config.output / folder}")
+        write_rows(config.output / folder, exchanges(folder, 2 * count, config.seed, taken))
+        terminal.note(f"wrote {2 * count} exchanges to {config.output / folder}")
+    if config.alone:
+        write_rows(config.output / "questions", questions(config.alone, config.seed, taken))
+        terminal.note(f"wrote {config.alone} questions to {config.output / 'questions'}")
     rundir.finish(config.output, {})
 
 

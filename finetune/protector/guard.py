@@ -2,12 +2,12 @@
 
     <output>/guard/
       guard.json     what `detgpt.guards` reads: the parts, the threshold, the categories, the refusals
-      detector/ detoxifier/
+      detector/ detoxifier/ questions/
       README.md      the card: how good it is, and how the threshold was chosen
       roc.png        the choice as a picture
 
-The threshold is chosen on `validation` alone; `test`, `strangers`, `categories` and `attacks` are only measured. The
-weights are kept in half precision, and what is measured are these.
+The threshold is chosen on `validation` alone, and so is how much the n-grams say; `test`, `strangers`, `categories` and
+`attacks` are only measured. The weights are kept in half precision, and what is measured are these.
 """
 
 from __future__ import annotations
@@ -19,37 +19,48 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
+from scipy.sparse import csr_array
+from scipy.special import logit
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from detgpt import terminal
+from detgpt.device import choose_device
 from detgpt.evaluation import fields
+from detgpt.guards.ngrams import NGrams
+from detgpt.guards.normalise import normalised
+from detgpt.guards.parts import HarmDetector, Questions
 from detgpt.guards.template import conversation
 from finetune import rundir
 from finetune.data.records import data_files
 from finetune.protector.card import SPLITS, write_card, write_roc
-from finetune.protector.exchanges import HINT, Exchange, read_exchanges, scored_text
+from finetune.protector.exchanges import HINT, Exchange, read_exchanges
 from finetune.protector.harm_detector import HARM
 from finetune.protector.measure import Scored, auroc, choose_threshold, harm_scores, resampled, score, share_interval
+from finetune.protector.ngrams import logistic_regression
 from finetune.protector.texts import Texts
 from finetune.recipe import StageConfig
 
 GUARD = "guard"  # in a run's folder: the result
 GUARD_FILE = "guard.json"
+SUREST = 1e-6  # a chance this near to none or to certainty has no logit that could be reckoned with
+FREE = 1e3  # next to no limit to how much a number may weigh, of which there are two or three
 Metrics = dict[str, float]
 
 
 class Config(StageConfig):
     """Settings of the stage.
 
-    detector, detoxifier: folders of the trained models; without a detoxifier harmful answers are refused. validation:
-    exchanges for the threshold. most: the largest share of harmless texts that it may flag there. test, strangers,
-    categories, attacks: what is measured besides, see `finetune.protector.splits`. refusals: a friendly text for each
-    kind of harm; those of the built-in set unless given.
+    detector, detoxifier: folders of the trained models; without a detoxifier harmful answers are refused. questions:
+    the n-grams beside the detector, if any. validation: exchanges for the threshold. most: the largest share of
+    harmless texts that it may flag there. test, strangers, categories, attacks: what is measured besides, see
+    `finetune.protector.splits`. refusals: a friendly text for each kind of harm; those of the built-in set unless
+    given.
     """
 
     stage: Literal["guard"] = "guard"
     detector: Path
     detoxifier: Path | None = None
+    questions: Path | None = None
     validation: Path | list[Path]
     most: float = Field(default=0.02, gt=0, lt=1)
     test: Path | None = None
@@ -66,8 +77,14 @@ def run(config: Config) -> None:
     found: Metrics = {}
 
     def write(place: Path) -> None:
-        _save(config, place)
-        model, tokenizer = _detector(place / "detector")
+        labels = _save(config, place)
+        detector = HarmDetector(place / "detector", labels, choose_device(None))
+        questions = None
+        if config.questions is not None:
+            ngrams = NGrams.load(config.questions)
+            ngrams.save(place / "questions")
+            questions = mixed(detector, ngrams, read_exchanges(config.validation))
+            detector = HarmDetector(place / "detector", labels, choose_device(None), questions=questions)
         curves: dict[str, Scored] = {}
         threshold = 0.0
         for name in SPLITS:
@@ -75,14 +92,13 @@ def run(config: Config) -> None:
             if path is None:
                 continue
             exchanges = read_exchanges(path)
-            scored = curves[name] = score(model, tokenizer, exchanges)
+            scored = curves[name] = score(detector, exchanges)
             if name == "validation":
                 threshold = found["threshold"] = choose_threshold(scored.harm, scored.harmful, most=config.most)
             found.update(prefixed(name, measured(scored, exchanges, threshold, seed=config.seed)))
         if config.attacks is not None:
-            found.update(prefixed("attacks", caught(model, tokenizer, config.attacks, threshold)))
-        labels = [label for _, label in sorted(model.config.id2label.items()) if label != HARM]
-        rundir.write_json(place / GUARD_FILE, _described(config, threshold, labels))
+            found.update(prefixed("attacks", caught(detector, config.attacks, threshold)))
+        rundir.write_json(place / GUARD_FILE, _described(config, threshold, labels, questions))
         write_roc(place / "roc.png", curves, threshold)
         write_card(place / "README.md", found, labels, has_detoxifier=config.detoxifier is not None, most=config.most)
 
@@ -93,34 +109,53 @@ def run(config: Config) -> None:
     rundir.finish(folder, found)
 
 
-def _save(config: Config, place: Path) -> None:
-    """Both models in half precision, with their tokenizers."""
+def _save(config: Config, place: Path) -> list[str]:
+    """Both models in half precision, with their tokenizers. Returns the kinds of harm that the detector names."""
     parts: dict[str, tuple[Any, Path | None]] = {
-        "detector": (AutoModelForSequenceClassification, config.detector),
         "detoxifier": (AutoModelForCausalLM, config.detoxifier),
+        "detector": (AutoModelForSequenceClassification, config.detector),
     }
     for part, (kind, source) in parts.items():
         if source is not None:
             model = kind.from_pretrained(source, dtype=torch.float16, use_safetensors=True, trust_remote_code=False)
             model.save_pretrained(place / part)
             AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(place / part)
+    return [label for _, label in sorted(model.config.id2label.items()) if label != HARM]
 
 
-def _detector(folder: Path) -> tuple[Any, Any]:
-    """As a guard loads it: in single precision."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(folder)
+def mixed(detector: HarmDetector, ngrams: NGrams, exchanges: Sequence[Exchange]) -> Questions:
+    """The n-grams with the say that they get beside the detector: that of logistic regressions on these exchanges.
+
+    The scores become chances: of the texts that get 0.9, nine in ten of `exchanges` do harm.
+    """
+    scored = score(detector, exchanges)
+    said = logit(np.clip(scored.harm.astype(float), SUREST, 1 - SUREST))
+    asked = ngrams.score([normalised(exchanges[i].question) for i in scored.exchange])
+    alone, answered = (
+        logistic_regression(csr_array(features[these]), scored.harmful[these], FREE)
+        for features, these in ((asked[:, None], scored.asked), (np.stack([said, asked], axis=1), ~scored.asked))
+    )
+    (of_question,), question_bias = alone
+    (of_exchange, beside), bias = answered
+    return Questions(
+        ngrams,
+        alone=(round(float(of_question), 4), round(question_bias, 4)),
+        answered=(round(float(of_exchange), 4), round(float(beside), 4), round(bias, 4)),
+    )
 
 
-def _described(config: Config, threshold: float, labels: Sequence[str]) -> dict[str, Any]:
+def _described(config: Config, threshold: float, labels: Sequence[str], questions: Questions | None) -> dict[str, Any]:
     ours = {name: about["refusal"] for name, about in Texts().categories.items()}
-    return {
+    described = {
         "detector": "detector",
         "detoxifier": "detoxifier" if config.detoxifier is not None else None,
         "threshold": round(threshold, 4),
         "categories": list(labels),
         "refusals": {name: text for name, text in {**ours, **config.refusals}.items() if name in labels},
     }
+    if questions is None:
+        return described
+    return described | {"questions": {"folder": "questions", "alone": questions.alone, "answered": questions.answered}}
 
 
 def measured(scored: Scored, exchanges: Sequence[Exchange], threshold: float, *, seed: int = 0) -> Metrics:
@@ -156,7 +191,7 @@ def measured(scored: Scored, exchanges: Sequence[Exchange], threshold: float, *,
     return found
 
 
-def caught(model: Any, tokenizer: Any, folder: Path, threshold: float) -> Metrics:
+def caught(detector: HarmDetector, folder: Path, threshold: float) -> Metrics:
     """Of each kind of attack: the share of harmful questions that are flagged, and of harmless ones.
 
     What is printed in a picture is read as if it had been asked.
@@ -165,7 +200,7 @@ def caught(model: Any, tokenizer: Any, folder: Path, threshold: float) -> Metric
     texts = [
         conversation([*row.get("turns", []), row["question"], *filter(None, [row.get("printed")])]) for row in rows
     ]
-    flagged = harm_scores(model, tokenizer, [scored_text(text, None) for text in texts])[:, 0] >= threshold
+    flagged = harm_scores(detector, [(text, None) for text in texts]) >= threshold
     found: Metrics = {}
     for kind in dict.fromkeys(row["kind"] for row in rows):
         for benign, name in ((False, "caught"), (True, "flagged")):

@@ -35,6 +35,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from detgpt.errors import InputError, ModelError
+from detgpt.guards.parts import HarmDetector
 from finetune import callbacks, rundir
 from finetune.arguments import arguments, checked
 from finetune.preference.reward import pair_loss
@@ -118,15 +119,15 @@ def run(config: Config) -> None:
     if not trainer.is_world_process_zero():
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
-    metrics = {}
-    if validation:
-        scored = score(model, tokenizer, validation, max_length=config.max_length)
-        metrics["eval_auroc"] = auroc(scored.harm, scored.harmful)
     whole = model.merge_and_unload() if config.tune == "lora" else model
     tokenizer.model_max_length = config.max_length  # longer texts are judged in pieces
     rundir.write_folder(
         folder / DETECTOR, lambda place: (whole.save_pretrained(place), tokenizer.save_pretrained(place))
     )
+    metrics = {}
+    if validation:
+        scored = score(HarmDetector(folder / DETECTOR, categories, model.device), validation)
+        metrics["eval_auroc"] = auroc(scored.harm, scored.harmful)
     rundir.finish(folder, metrics)
 
 

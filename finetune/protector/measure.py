@@ -1,6 +1,6 @@
 """How good a harm detector is: scores of exchanges, and what follows from them.
 
-scored = score(model, tokenizer, exchanges)
+scored = score(detector, exchanges)
 auroc(scored.harm, scored.harmful); threshold = choose_threshold(scored, most=0.02)
 """
 
@@ -8,28 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from scipy.stats import binomtest, mannwhitneyu
 
 from detgpt.errors import InputError
-from finetune.protector.exchanges import Exchange, scored_text
-
-BATCH = 64  # texts that are scored together
+from detgpt.guards.parts import HarmDetector
+from finetune.protector.exchanges import Exchange
 
 
 @dataclass(frozen=True)
 class Scored:
     """N texts of exchanges: questions alone, and with an answer.
 
-    harm: how sure of harm, in [0, 1], (N,). categories: likewise of each kind, (N, C). harmful: the truth, (N,) bool.
-    asked: whether the text is a question alone. exchange: the index of its exchange.
+    harm: how sure of harm, in [0, 1], (N,). harmful: the truth, (N,) bool. asked: whether the text is a question alone.
+    exchange: the index of its exchange.
     """
 
     harm: np.ndarray
-    categories: np.ndarray
     harmful: np.ndarray
     asked: np.ndarray
     exchange: np.ndarray
@@ -42,32 +38,21 @@ def labelled(exchange: Exchange) -> Iterator[tuple[str | None, bool]]:
     yield from zip(exchange.answers, exchange.harmful, strict=True)
 
 
-def score(model: Any, tokenizer: Any, exchanges: Sequence[Exchange], *, max_length: int = 512) -> Scored:
+def score(detector: HarmDetector, exchanges: Sequence[Exchange]) -> Scored:
     items = [(i, *item) for i, exchange in enumerate(exchanges) for item in labelled(exchange)]
-    texts = [scored_text(exchanges[i].question, answer) for i, answer, _ in items]
-    probabilities = harm_scores(model, tokenizer, texts, max_length=max_length)
     return Scored(
-        harm=probabilities[:, 0],
-        categories=probabilities[:, 1:],
+        harm=harm_scores(detector, [(exchanges[i].question, answer) for i, answer, _ in items]),
         harmful=np.array([harmful for *_, harmful in items], bool),
         asked=np.array([answer is None for _, answer, _ in items], bool),
         exchange=np.array([i for i, *_ in items], int),
     )
 
 
-@torch.inference_mode()
-def harm_scores(model: Any, tokenizer: Any, texts: Sequence[str], *, max_length: int = 512) -> np.ndarray:
-    """The probabilities of harm and of each kind of it, (N, 1 + C)."""
-    model.eval()
-    found = np.zeros((len(texts), model.config.num_labels), np.float32)
-    shortest_first = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    for start in range(0, len(texts), BATCH):
-        rows = shortest_first[start : start + BATCH]
-        batch = tokenizer(
-            [texts[i] for i in rows], padding=True, truncation=True, max_length=max_length, return_tensors="pt"
-        )
-        found[rows] = model(**batch.to(model.device)).logits.float().sigmoid().cpu().numpy()
-    return found
+def harm_scores(detector: HarmDetector, texts: Sequence[tuple[str, str | None]]) -> np.ndarray:
+    """How sure the detector is of harm in questions, alone or with an answer, (N,)."""
+    shortest_first = sorted(texts, key=lambda text: len(text[0]) + len(text[1] or ""))
+    scores = dict(zip(shortest_first, detector.score(shortest_first), strict=True))
+    return np.array([scores[text][0] for text in texts], np.float32)
 
 
 def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
