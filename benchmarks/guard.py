@@ -1,9 +1,10 @@
-"""How good the built-in guard is when it is made anew: the recipe's data, detector and threshold with several seeds.
+"""How good the built-in guard is when it is made anew: the recipe's data, parts and threshold with several seeds.
 
     python -m benchmarks.guard --seeds 3
 
 Every seed draws its own training set, weights and order; what is measured is always the splits that come along
-(`finetune/protector/splits`). Runs that are finished stay as they are. Writes `benchmarks/results/guard.json` and
+(`finetune/protector/splits`), and how the built-in model stands the attacks with this guard and without. Runs that are
+finished stay as they are. The detector learns in bfloat16 on the processor. Writes `benchmarks/results/guard.json` and
 `guard.md`, the mean of the seeds with Student's 95% interval.
 """
 
@@ -12,28 +13,41 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 from scipy.stats import t as student
 
+from detgpt.evaluation.measuring_safety import measure
+from detgpt.evaluation.safety import GUARDED, PLAIN
 from finetune.protector.splits import FOLDER
 from finetune.recipe import run_recipe
 
 RESULTS = Path(__file__).parent / "results"
 SHOWN = {
     "test_auroc": "AUROC, known kinds of harm",
-    "test_caught": "of these caught",
-    "test_held_back": "exchanges held back, by the question or the answer",
-    "test_false_positives": "false positives",
-    "test_over_refusal": "over-refusal of look-alikes",
+    "test_auroc_questions": "· of wishes alone",
+    "test_held_back": "· exchanges held back, by the question or the answer",
+    "test_false_positives": "· false positives",
+    "test_over_refusal": "· over-refusal of look-alikes",
     "strangers_auroc": "AUROC, known kinds in a stranger's words",
-    "strangers_held_back": "of these exchanges held back",
-    "strangers_false_positives": "false positives beside these",
+    "strangers_held_back": "· exchanges held back",
+    "strangers_false_positives": "· false positives",
+    "strangers_over_refusal": "· over-refusal of look-alikes",
     "categories_auroc": "AUROC, unknown kinds of harm",
-    "categories_caught": "of these caught",
-    "categories_false_positives": "false positives beside these",
+    "categories_held_back": "· exchanges held back",
+    "categories_false_positives": "· false positives",
+    "categories_over_refusal": "· over-refusal of look-alikes",
+    "attacks_plain": "attacks that succeed without a guard",
+    "attacks_guarded": "· with it",
+    "attacks_left": "· of those without",
+    "attacks_over_refusal": "· harmless questions beside them that are refused",
+    "attacks_overhead": "· the guard's time where nothing is flagged, of the reasoner's",
+    "strangers-attacks_plain": "a stranger's attacks that succeed without a guard",
+    "strangers-attacks_guarded": "· with it",
+    "strangers-attacks_left": "· of those without",
+    "strangers-attacks_over_refusal": "· harmless questions beside them that are refused",
 }
 
 
@@ -42,7 +56,7 @@ def main(
     build: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("build/guard-seeds"),
 ) -> None:
     """Train with every seed, and write the table."""
-    metrics = [_run(seed, build / str(seed)) for seed in range(seeds)]
+    metrics = [_measured(train(seed, build / str(seed))) for seed in range(seeds)]
     rows = {key: interval([run[key] for run in metrics]) for key in SHOWN}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "guard.json").write_text(json.dumps({"runs": metrics, "cores": os.cpu_count()}, indent=2) + "\n")
@@ -53,20 +67,24 @@ def main(
     typer.echo(text)
 
 
-def _run(seed: int, place: Path) -> dict[str, float]:
-    """The metrics of the recipe's steps but the detoxifier, with this seed."""
-    steps = {
+def train(seed: int, place: Path) -> Path:
+    """A run of the recipe's steps but the detoxifier, with this seed: `guard/` and its metrics."""
+    steps: dict[str, dict[str, Any]] = {
         "data": {"output": place / "data"},
+        "questions": {"output": place / "questions", "train": f"[{place / 'data/train'}, {place / 'data/questions'}]"},
         "fresh": {"output": place / "fresh", "train": place / "data/train"},
         "detector": {
             "output": place / "detector",
             "model": place / "fresh/detector",
             "train": place / "data/train",
             "validation": place / "data/validation",
+            "trainer.use_cpu": "true",
+            "trainer.bf16": "true",
         },
         "guard": {
             "output": place / "assembled",
             "detector": place / "detector/detector",
+            "questions": place / "questions/questions",
             "detoxifier": "null",
             "validation": place / "data/validation",
             "test": FOLDER / "test",
@@ -77,8 +95,34 @@ def _run(seed: int, place: Path) -> dict[str, float]:
     }
     for step, settings in steps.items():
         run_recipe(f"guard-picto/{step}", [f"{key}={value}" for key, value in {**settings, "seed": seed}.items()])
-    run = json.loads((place / "assembled/run.json").read_text(encoding="utf-8"))
-    return dict(run["metrics"])
+    return place / "assembled"
+
+
+def _measured(run: Path) -> dict[str, float]:
+    return json.loads((run / "run.json").read_text(encoding="utf-8"))["metrics"] | attacked(run / "guard")
+
+
+def attacked(guard: Path) -> dict[str, float]:
+    """What the built-in model does with this guard under the attacks of authors whom it knows and of a stranger."""
+    found = {}
+    for name in ("attacks", "strangers-attacks"):
+        results = measure(
+            [FOLDER / name],
+            ["picto"],
+            None,
+            {},
+            False,
+            guard_model=str(guard),
+            picture_text=None,
+            judge=None,
+            utility=None,
+        )
+        plain, guarded = (results.success(system)["value"] for system in (PLAIN, GUARDED))
+        found[f"{name}_plain"], found[f"{name}_guarded"] = plain, guarded
+        found[f"{name}_left"] = guarded / plain
+        found[f"{name}_over_refusal"] = results.over_refusal(GUARDED)["value"]
+        found[f"{name}_overhead"] = results.latency(GUARDED)["unflagged_overhead"]
+    return found
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
