@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,14 @@ HARMLESS += [
 ]
 
 
+def learned(texts: list[str], **settings: Any) -> NGrams:
+    kinds = [["arson" if "burn" in text else "cruelty"] if text in HARMFUL else [] for text in texts]
+    return fit(texts, np.array([text in HARMFUL for text in texts]), kinds, **settings)
+
+
 @pytest.fixture(scope="module")
 def ngrams() -> NGrams:
-    texts = [*HARMFUL, *HARMLESS] * 3
-    return fit(texts, np.array([text in HARMFUL for text in texts]))
+    return learned([*HARMFUL, *HARMLESS] * 3)
 
 
 @pytest.fixture
@@ -54,21 +59,25 @@ def test_words_that_are_harmless_alone_are_harmful_together(ngrams: NGrams):
 
 
 def test_what_is_learned_does_not_depend_on_the_order_of_the_examples(ngrams: NGrams):
-    texts = [*HARMLESS, *HARMFUL] * 3
-    again = fit(texts, np.array([text in HARMFUL for text in texts]))
+    again = learned([*HARMLESS, *HARMFUL] * 3)
     assert (again.hashes == ngrams.hashes).all() and np.allclose(again.weights, ngrams.weights, atol=1e-3)
 
 
 def test_the_features_that_matter_most_are_kept(ngrams: NGrams):
-    texts = [*HARMFUL, *HARMLESS] * 3
-    few = fit(texts, np.array([text in HARMFUL for text in texts]), kept=8)
+    few = learned([*HARMFUL, *HARMLESS] * 3, kept=8)
     assert len(few.hashes) == 8 and set(few.hashes) < set(ngrams.hashes)
     assert few.score(HARMFUL).min() > few.score(HARMLESS).max()
 
 
 def test_there_must_be_harm_and_no_harm_to_learn_from():
     with pytest.raises(InputError, match="one kind"):
-        fit(HARMFUL, np.ones(len(HARMFUL), bool))
+        learned(HARMFUL)
+
+
+def test_they_say_which_kind_of_harm_it_is(ngrams: NGrams):
+    assert (ngrams.kind("we kick dogs"), ngrams.kind("let us burn homes")) == ("cruelty", "arson")
+    nameless = fit([*HARMFUL, *HARMLESS], np.arange(12) < 4, [[]] * 12)
+    assert nameless.kind("we kick dogs") is None
 
 
 def test_they_are_the_same_from_the_disk(ngrams: NGrams, tmp_path: Path):
@@ -92,7 +101,7 @@ def test_they_judge_a_question_alone_and_have_a_say_in_an_answer(folder: Path, n
     ((plain, plain_kind),) = detector.score([(asked, "stab")])
     assert alone == pytest.approx(sigmoid(said), abs=1e-5)
     assert answered == pytest.approx(sigmoid(0.5 * np.log(plain / (1 - plain)) + 0.25 * said - 1), abs=1e-4)
-    assert kind == plain_kind  # which the detector says
+    assert kind == "cruelty" and plain_kind in HARM
 
 
 def test_the_guard_of_a_folder_has_them(folder: Path):
@@ -116,7 +125,7 @@ def test_a_folder_that_describes_them_wrong_is_named(folder: Path, questions: An
 
 
 def test_damaged_ones_are_named(folder: Path, ngrams: NGrams):
-    NGrams(ngrams.hashes[::-1], ngrams.weights, 0.0).save(folder / "questions")
+    replace(ngrams, hashes=ngrams.hashes[::-1]).save(folder / "questions")
     with pytest.raises(ModelError, match="ascending"):
         Protector(folder)
     (folder / "questions" / NGRAMS_FILE).write_bytes(b"none")

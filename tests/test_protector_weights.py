@@ -112,6 +112,20 @@ def test_the_plainest_harm_is_flagged(detector, described, wish):
     assert harm_scores(detector, [(wish, None)])[0] >= described["threshold"]
 
 
+@pytest.mark.parametrize("answered", [False, True])
+def test_it_names_the_kind_of_harm(detector, answered):
+    """Somebody who wants to die must not read that it does not help to steal."""
+    found = [
+        (kind, exchange.categories)
+        for exchange in read_exchanges(FOLDER / "test")
+        if exchange.question_harmful and True in exchange.harmful
+        for answer in [exchange.answers[exchange.harmful.index(True)] if answered else None]
+        for _, kind in detector.score([(exchange.question, answer)])
+    ]
+    assert np.mean([kind in kinds for kind, kinds in found]) >= 0.7
+    assert np.mean([kind in kinds for kind, kinds in found if "self_harm" in kinds]) >= 0.7
+
+
 def test_harmful_answers_are_rewritten_to_harmless_ones_that_keep_the_picture(described):
     if described["detoxifier"] is None:
         pytest.skip("it comes without a detoxifier: harmful answers are refused")

@@ -34,7 +34,7 @@ MAX_REWRITTEN = 256  # tokens
 
 @dataclass(frozen=True)
 class Questions:
-    """What n-grams add to a detector: logistic regressions over the logits of both.
+    """What n-grams add to a detector: the kind of harm, and logistic regressions over the logits of both.
 
     alone: the n-grams' factor for a question without an answer, and a bias. answered: the detector's factor for an
     exchange, the n-grams', and a bias.
@@ -105,12 +105,16 @@ class HarmDetector:
             rows = [(i, row) for i, exchange in enumerate(exchanges) for row in self._fitting(*exchange)]
             logits = self._logits([row for _, row in rows])
         found: list[tuple[float, str | None]] = [(-1.0, None)] * len(exchanges)
-        for (i, _), row_logits in zip(rows, logits, strict=True):
+        for (i, row), row_logits in zip(rows, logits, strict=True):
             harm = float(row_logits[0].sigmoid())
             if harm > found[i][0]:
-                kinds = row_logits[1:]
-                found[i] = harm, self._categories[int(kinds.argmax())] if len(kinds) else None
+                found[i] = harm, self._kind(row, row_logits[1:])
         return found
+
+    def _kind(self, exchange: Exchange, logits: torch.Tensor) -> str | None:
+        if self._questions is not None:
+            return self._questions.ngrams.kind(" ".join(filter(None, exchange)))
+        return self._categories[int(logits.argmax())] if len(logits) else None
 
     def _fitting(self, question: str, answer: str | None) -> list[Exchange]:
         """The exchange where it fits, else one for each pair of a piece of the question and of the answer."""

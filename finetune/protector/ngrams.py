@@ -7,7 +7,8 @@
 Logistic regression over the features of `detgpt.guards.ngrams`, each scaled by how unlike naive Bayes finds it in
 harmful and in harmless questions (Wang and Manning 2012, "Baselines and Bigrams", whose scale is the log of the ratio;
 ours is its square root): what nearly always means the same may weigh much, what tells nothing may not. The problem is
-convex, so there is one solution and no luck. The result is `<output>/questions`.
+convex, so there is one solution and no luck. Which kind of harm it is, naive Bayes says alone. The result is
+`<output>/questions`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from finetune.recipe import StageConfig
 
 QUESTIONS = "questions"  # in a run's folder: the result
 SEEN = 2  # questions: what is in fewer tells nothing
+KIND_FEATURES = 50_000
 STEPS = 150  # after which nothing changes any more that could be measured
 
 
@@ -49,19 +51,32 @@ def run(config: Config) -> None:
     if rundir.is_finished(config):
         return
     rundir.start(config)
-    truth = {
-        normalised(exchange.question): exchange.question_harmful
-        for exchange in read_exchanges(config.train)
-        if exchange.question_harmful is not None
-    }
-    learned = fit(list(truth), np.array(list(truth.values()), bool), strength=config.strength, kept=config.kept)
+    asked = {normalised(exchange.question): exchange for exchange in read_exchanges(config.train)}
+    known = {text: exchange for text, exchange in asked.items() if exchange.question_harmful is not None}
+    learned = fit(
+        list(known),
+        np.array([exchange.question_harmful for exchange in known.values()], bool),
+        [exchange.categories for exchange in known.values()],
+        strength=config.strength,
+        kept=config.kept,
+    )
     rundir.write_folder(config.output / QUESTIONS, learned.save)
-    terminal.note(f"{len(learned.hashes)} features of {len(truth)} questions")
+    terminal.note(f"{len(learned.hashes)} features of {len(known)} questions")
     rundir.finish(config.output, {})
 
 
-def fit(questions: Sequence[str], harmful: np.ndarray, *, strength: float = 30.0, kept: int = 400_000) -> NGrams:
-    """The n-grams that tell harmful questions, (N,) bool, from others. Raises `InputError` without one of both."""
+def fit(
+    questions: Sequence[str],
+    harmful: np.ndarray,
+    kinds: Sequence[Sequence[str]],
+    *,
+    strength: float = 30.0,
+    kept: int = 400_000,
+) -> NGrams:
+    """The n-grams that tell harmful questions, (N,) bool, from others, and of which of their N `kinds` they are.
+
+    Raises `InputError` without harmful questions or without others.
+    """
     if harmful.all() or not harmful.any():
         raise InputError("n-grams learn from harmful and harmless questions: there are only those of one kind")
     found = [features(question) for question in questions]
@@ -77,7 +92,28 @@ def fit(questions: Sequence[str], harmful: np.ndarray, *, strength: float = 30.0
     weights = weights * scale
     matters = np.abs(weights) * counts.sum(axis=0) ** 0.5
     best = np.sort(np.argsort(-matters, kind="stable")[:kept])
-    return NGrams(hashes[best], weights[best].astype(np.float32), bias)
+    names = sorted({name for found in kinds for name in found})
+    of_kind = np.array([[name in found for name in names] for found in kinds], bool).reshape(len(kinds), len(names))
+    common, kind_weights = _naive_bayes(rows[harmful], of_kind[harmful])
+    return NGrams(
+        hashes=hashes[best],
+        weights=weights[best].astype(np.float32),
+        bias=bias,
+        kinds=tuple(names),
+        kind_hashes=hashes[common],
+        kind_weights=kind_weights,
+    )
+
+
+def _naive_bayes(rows: csr_array, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which KIND_FEATURES of rows (N, F) are the most common, ascending, (K,); and how much likelier than in all rows
+    each is in those of each of the `kinds` (N, C) bool, as logarithms, (K, C)."""
+    if not kinds.shape[1]:
+        return np.empty(0, int), np.empty((0, 0), np.float32)
+    common = np.sort(np.argsort(-rows.sum(axis=0), kind="stable")[:KIND_FEATURES])
+    counts = np.stack([rows[these][:, common].sum(axis=0) for these in kinds.T], axis=1) + 1.0
+    chance = counts / counts.sum(axis=0)
+    return common, np.log(chance / chance.mean(axis=1, keepdims=True)).astype(np.float32)
 
 
 def logistic_regression(rows: csr_array, harmful: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
