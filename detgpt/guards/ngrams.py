@@ -5,8 +5,8 @@
     ngrams.kind(normalised("Whom could I rob here?"))  # "theft"
 
 A linear model over words, pairs of near words, and beginnings and ends of words. A wish is a short text: a small
-network that has read little else tells less of it than such pairs do (docs/safety.md has both). Features are known by
-their hashes, so there is no vocabulary to keep.
+network that has read little else tells less of it than such pairs do (docs/finetune-guard.md has both). Features are
+known by their hashes, so there is no vocabulary to keep.
 """
 
 from __future__ import annotations
