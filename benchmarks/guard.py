@@ -69,10 +69,12 @@ def main(
 
 def train(seed: int, place: Path) -> Path:
     """A run of the recipe's steps but the detoxifier, with this seed: `guard/` and its metrics."""
+    questions = f"[{place / 'data/train'}, {place / 'data/questions'}]"
     steps: dict[str, dict[str, Any]] = {
         "data": {"output": place / "data"},
-        "questions": {"output": place / "questions", "train": f"[{place / 'data/train'}, {place / 'data/questions'}]"},
+        "ngrams": {"output": place / "ngrams", "train": questions},
         "fresh": {"output": place / "fresh", "train": place / "data/train"},
+        "network": {"output": place / "network", "train": questions, "tokenizer": place / "fresh/detector"},
         "detector": {
             "output": place / "detector",
             "model": place / "fresh/detector",
@@ -84,7 +86,8 @@ def train(seed: int, place: Path) -> Path:
         "guard": {
             "output": place / "assembled",
             "detector": place / "detector/detector",
-            "questions": place / "questions/questions",
+            "ngrams": place / "ngrams/ngrams",
+            "network": place / "network/network",
             "detoxifier": "null",
             "validation": place / "data/validation",
             "test": FOLDER / "test",

@@ -8,13 +8,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from detgpt.errors import InputError
-from detgpt.guards.ngrams import NGrams
-from detgpt.guards.parts import HarmDetector
+from detgpt.guards.parts import HarmDetector, Questions
 from detgpt.guards.template import harm_prompt, rewrite_prompt
 from finetune.batching import IGNORED
 from finetune.protector.data import exchanges
 from finetune.protector.detoxifier import REFUSAL, encoded, rewritings
-from finetune.protector.exchanges import Exchange, read_exchange, write_rows
+from finetune.protector.exchanges import Exchange, read_exchange, read_questions, write_rows
 from finetune.protector.fresh import Size, write_detector, write_detoxifier
 from finetune.protector.harm_detector import Collator, Judged, harm_loss, load_classifier, misspelled
 from finetune.protector.measure import Scored, auroc, choose_threshold, resampled, roc, score, share_interval
@@ -188,7 +187,8 @@ def test_the_recipe_makes_a_guard_in_miniature(tmp_path, monkeypatch):
             for part in ("detector", "detoxifier")
             for key in ("vocabulary=600", "width=64", "layers=1")
         ),
-        *(f"{step}.{value}" for step in ("detector", "detoxifier") for value in short),
+        *(f"{step}.{value}" for step in ("detector", "detoxifier", "network") for value in short),
+        "network.trainer.num_train_epochs=20",
         "guard.attacks=null",
     ]
     run_recipe("guard-picto", overrides)
@@ -201,7 +201,11 @@ def test_the_recipe_makes_a_guard_in_miniature(tmp_path, monkeypatch):
     classifier = AutoModelForSequenceClassification.from_pretrained(guard / "detector")
     assert classifier.config.num_labels == 1 + len(described["categories"])
     assert [classifier.config.id2label[1 + i] for i in range(len(described["categories"]))] == described["categories"]
-    assert described["questions"]["alone"][0] > 0 and len(NGrams.load(guard / "questions").hashes) > 1000
+    questions = Questions.load(guard, described["questions"])
+    assert questions.alone[0] > 0 and len(questions.ngrams.hashes) > 1000
+    learned = read_questions(tmp_path / "build/guard/data/train")
+    scores, harmful = questions.network.score(list(learned)), np.array([harm for harm, _ in learned.values()])
+    assert auroc(scores, harmful) > 0.9
     assert AutoModelForCausalLM.from_pretrained(guard / "detoxifier").config.max_position_embeddings >= 512
     run = json.loads((tmp_path / "build/guard/assembled/run.json").read_text())
     assert run["metrics"]["test_auroc"] > 0.6  # five short epochs: better than chance

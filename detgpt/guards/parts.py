@@ -23,6 +23,7 @@ from transformers import (
 
 from detgpt.errors import InputError, ModelError
 from detgpt.guards import Exchange
+from detgpt.guards.network import QuestionNetwork
 from detgpt.guards.ngrams import NGrams
 from detgpt.guards.normalise import normalised
 from detgpt.guards.template import harm_prompt, rewrite_prompt
@@ -34,39 +35,56 @@ MAX_REWRITTEN = 256  # tokens
 
 @dataclass(frozen=True)
 class Questions:
-    """What n-grams add to a detector: the kind of harm, and logistic regressions over the logits of both.
+    """What judges questions beside a detector, which is better at answers, and names the kind of harm.
 
-    alone: the n-grams' factor for a question without an answer, and a bias. answered: the detector's factor for an
-    exchange, the n-grams', and a bias.
+    alone: the factors of the n-grams' logit and of the network's for a question, and a bias. answered: the factors of
+    the detector's logit for an exchange and of its question's, and a bias. Both are logistic regressions.
     """
 
     ngrams: NGrams
-    alone: tuple[float, float] = (1.0, 0.0)
+    network: QuestionNetwork
+    alone: tuple[float, float, float] = (0.5, 0.5, 0.0)
     answered: tuple[float, float, float] = (1.0, 0.0, 0.0)
 
     @classmethod
     def load(cls, guard: Path, described: Mapping[str, Any]) -> Questions:
         """Those that a guard's folder describes as "folder", "alone" and "answered". Raises `ModelError`."""
         try:
-            (of_question, question_bias), (of_exchange, beside, bias) = described["alone"], described["answered"]
-            alone, answered = (
-                (float(of_question), float(question_bias)),
-                (float(of_exchange), float(beside), float(bias)),
+            (of_ngrams, of_network, question_bias), (of_exchange, beside, bias) = (
+                described["alone"],
+                described["answered"],
             )
+            alone = (float(of_ngrams), float(of_network), float(question_bias))
+            answered = (float(of_exchange), float(beside), float(bias))
             folder = guard / described["folder"]
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(
-                f"{guard}: 'questions' must have 'folder', two numbers 'alone' and three 'answered': {error!r}"
+                f"{guard}: 'questions' must have 'folder' and three numbers each 'alone' and 'answered': {error!r}"
             ) from error
-        return cls(NGrams.load(folder), alone, answered)
+        return cls(NGrams.load(folder), QuestionNetwork.load(folder), alone, answered)
+
+    def asked(self, questions: Sequence[str]) -> np.ndarray:
+        """The logits of harm of questions, (N,): of the worst that is said in one, line by line and as a whole."""
+        parts = [
+            list(dict.fromkeys([" ".join(question.split()), *filter(str.strip, question.splitlines())]))
+            for question in questions
+        ]
+        said = self.said([part for these in parts for part in these])
+        of_ngrams, of_network, bias = self.alone
+        logits = of_ngrams * said[:, 0] + of_network * said[:, 1] + bias
+        starts = np.cumsum([0, *map(len, parts)])[:-1]
+        return np.maximum.reduceat(logits, starts) if len(parts) else logits
+
+    def said(self, texts: Sequence[str]) -> np.ndarray:
+        """The logits of the n-grams and of the network, (N, 2)."""
+        return np.stack([self.ngrams.score(texts), self.network.score(texts)], axis=1)
 
     def mix(self, exchanges: Sequence[Exchange], logits: np.ndarray) -> np.ndarray:
         """The logits of harm of exchanges, (N,), from those of the detector, (N,)."""
-        asked = self.ngrams.score([question for question, _ in exchanges])
-        of_question, question_bias = self.alone
+        asked = self.asked([question for question, _ in exchanges])
         of_exchange, beside, bias = self.answered
         alone = np.array([answer is None for _, answer in exchanges], bool)
-        return np.where(alone, of_question * asked + question_bias, of_exchange * logits + beside * asked + bias)
+        return np.where(alone, asked, of_exchange * logits + beside * asked + bias)
 
 
 class HarmDetector:

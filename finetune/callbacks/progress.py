@@ -75,7 +75,8 @@ class Progress(TrainerCallback):
 
     def _count(self, model: Any, arguments: Any, inputs: dict[str, Any]) -> None:
         if model.training and torch.is_grad_enabled():  # an answer that is written on the way teaches nothing yet
-            self._seen += torch.tensor([count_tokens(inputs), count_images(inputs, model.config)])
+            config = getattr(model, "config", None)  # a network without one sees no images
+            self._seen += torch.tensor([count_tokens(inputs), count_images(inputs, config)])
 
 
 def count_tokens(inputs: dict[str, Any]) -> int:

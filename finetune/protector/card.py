@@ -43,15 +43,16 @@ def write_roc(file: Path, curves: Mapping[str, Scored], threshold: float) -> Non
     figure.savefig(file, dpi=110)
 
 
-def write_card(
-    file: Path, metrics: Mapping[str, float], categories: Sequence[str], *, has_detoxifier: bool, most: float
-) -> None:
-    file.write_text(card(metrics, categories, has_detoxifier=has_detoxifier, most=most), encoding="utf-8")
-
-
-def card(metrics: Mapping[str, float], categories: Sequence[str], *, has_detoxifier: bool, most: float) -> str:
+def card(
+    metrics: Mapping[str, float], categories: Sequence[str], *, has_detoxifier: bool, has_questions: bool, most: float
+) -> str:
     """The text of the card."""
     parts = "a harm detector and a detoxifier" if has_detoxifier else "a harm detector"
+    beside = (
+        " Questions are judged by n-grams and a text CNN,\nwhich have a say in answers, too; the n-grams name the kind."
+        if has_questions
+        else ""
+    )
     return f"""---
 license: apache-2.0
 library_name: transformers
@@ -60,7 +61,7 @@ pipeline_tag: text-classification
 # A guard for DetGPT
 
 {parts[0].upper()}{parts[1:]} after MLLM-Protector (arXiv:2401.02906). It reads a question, alone or with an answer, and
-says how likely it does harm, and which: {", ".join(name.replace("_", " ") for name in categories)}.
+says how likely it does harm, and which: {", ".join(name.replace("_", " ") for name in categories)}.{beside}
 
 ## How good it is
 

@@ -56,6 +56,24 @@ def read_exchanges(path: str | Path | Sequence[str | Path]) -> list[Exchange]:
     return [read_exchange(row, where) for file in data_files(path) for where, row in fields.read_rows(file, HINT)]
 
 
+def read_questions(path: str | Path | Sequence[str | Path]) -> dict[str, tuple[bool, tuple[str, ...]]]:
+    """The questions of one turn as a guard reads them, each with whether it means harm and which kinds.
+
+    Of several turns is not known which of them means it. Raises `InputError` without harmful questions or without
+    others.
+    """
+    known = {
+        normalised(exchange.question): (exchange.question_harmful, exchange.categories)
+        for exchange in read_exchanges(path)
+        if exchange.question_harmful is not None and "\n" not in exchange.question
+    }
+    if len({harmful for harmful, _ in known.values()}) < 2:
+        raise InputError(
+            f"{path}: to judge questions is learned from harmful and harmless ones: there are only those of one kind"
+        )
+    return known
+
+
 def read_exchange(row: Mapping[str, Any], where: str) -> Exchange:
     """The exchange of one line, checked. Raises `InputError` that starts with `where`."""
     if unknown := sorted(row.keys() - KEYS):

@@ -6,33 +6,36 @@
       README.md      the card: how good it is, and how the threshold was chosen
       roc.png        the choice as a picture
 
-The threshold is chosen on `validation` alone, and so is how much the n-grams say; `test`, `strangers`, `categories` and
-`attacks` are only measured. The weights are kept in half precision, and what is measured are these.
+The threshold is chosen on `validation` alone, and so is how much each part says; `test`, `strangers`, `categories`
+and `attacks` are only measured. The weights are kept in half precision, and what is measured are these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from scipy.sparse import csr_array
 from scipy.special import logit
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from detgpt import terminal
 from detgpt.device import choose_device
+from detgpt.errors import InputError
 from detgpt.evaluation import fields
+from detgpt.guards.network import QuestionNetwork
 from detgpt.guards.ngrams import NGrams
 from detgpt.guards.normalise import normalised
 from detgpt.guards.parts import HarmDetector, Questions
 from detgpt.guards.template import conversation
 from finetune import rundir
 from finetune.data.records import data_files
-from finetune.protector.card import SPLITS, write_card, write_roc
+from finetune.protector.card import SPLITS, card, write_roc
 from finetune.protector.exchanges import HINT, Exchange, read_exchanges
 from finetune.protector.harm_detector import HARM
 from finetune.protector.measure import Scored, auroc, choose_threshold, harm_scores, resampled, score, share_interval
@@ -50,17 +53,18 @@ Metrics = dict[str, float]
 class Config(StageConfig):
     """Settings of the stage.
 
-    detector, detoxifier: folders of the trained models; without a detoxifier harmful answers are refused. questions:
-    the n-grams beside the detector, if any. validation: exchanges for the threshold. most: the largest share of
-    harmless texts that it may flag there. test, strangers, categories, attacks: what is measured besides, see
-    `finetune.protector.splits`. refusals: a friendly text for each kind of harm; those of the built-in set unless
-    given.
+    detector, detoxifier: folders of the trained models; without a detoxifier harmful answers are refused. ngrams,
+    network: both of what judges questions beside the detector, if anything does. validation: exchanges for the
+    threshold. most: the largest share of harmless texts that it may flag there. test, strangers, categories, attacks:
+    what is measured besides, see `finetune.protector.splits`. refusals: a friendly text for each kind of harm; those of
+    the built-in set unless given.
     """
 
     stage: Literal["guard"] = "guard"
     detector: Path
     detoxifier: Path | None = None
-    questions: Path | None = None
+    ngrams: Path | None = None
+    network: Path | None = None
     validation: Path | list[Path]
     most: float = Field(default=0.02, gt=0, lt=1)
     test: Path | None = None
@@ -68,6 +72,12 @@ class Config(StageConfig):
     categories: Path | None = None
     attacks: Path | None = None
     refusals: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _both(self) -> Config:
+        if (self.ngrams is None) != (self.network is None):
+            raise InputError("ngrams and network judge questions together: give both, or leave both out")
+        return self
 
 
 def run(config: Config) -> None:
@@ -80,10 +90,11 @@ def run(config: Config) -> None:
         labels = _save(config, place)
         detector = HarmDetector(place / "detector", labels, choose_device(None))
         questions = None
-        if config.questions is not None:
-            ngrams = NGrams.load(config.questions)
-            ngrams.save(place / "questions")
-            questions = mixed(detector, ngrams, read_exchanges(config.validation))
+        if config.ngrams is not None and config.network is not None:
+            questions = Questions(NGrams.load(config.ngrams), QuestionNetwork.load(config.network))
+            questions.ngrams.save(place / "questions")
+            questions.network.save(place / "questions")
+            questions = mixed(detector, questions, read_exchanges(config.validation))
             detector = HarmDetector(place / "detector", labels, choose_device(None), questions=questions)
         curves: dict[str, Scored] = {}
         threshold = 0.0
@@ -100,7 +111,14 @@ def run(config: Config) -> None:
             found.update(prefixed("attacks", caught(detector, config.attacks, threshold)))
         rundir.write_json(place / GUARD_FILE, _described(config, threshold, labels, questions))
         write_roc(place / "roc.png", curves, threshold)
-        write_card(place / "README.md", found, labels, has_detoxifier=config.detoxifier is not None, most=config.most)
+        text = card(
+            found,
+            labels,
+            has_detoxifier=config.detoxifier is not None,
+            has_questions=questions is not None,
+            most=config.most,
+        )
+        (place / "README.md").write_text(text, encoding="utf-8")
 
     rundir.write_folder(folder / GUARD, write)
     for name in ("test_auroc", "test_false_positives", "test_over_refusal", "strangers_auroc", "categories_auroc"):
@@ -123,25 +141,25 @@ def _save(config: Config, place: Path) -> list[str]:
     return [label for _, label in sorted(model.config.id2label.items()) if label != HARM]
 
 
-def mixed(detector: HarmDetector, ngrams: NGrams, exchanges: Sequence[Exchange]) -> Questions:
-    """The n-grams with the say that they get beside the detector: that of logistic regressions on these exchanges.
+def mixed(detector: HarmDetector, questions: Questions, exchanges: Sequence[Exchange]) -> Questions:
+    """These with the say that each gets: that of logistic regressions on these exchanges.
 
     The scores become chances: of the texts that get 0.9, nine in ten of `exchanges` do harm.
     """
     scored = score(detector, exchanges)
+    texts = [normalised(exchanges[i].question) for i in scored.exchange]
+    single = scored.asked & np.array(["\n" not in text for text in texts])  # what means harm of several is not known
+    asked = questions.said([texts[i] for i in np.flatnonzero(single)])
+    questions = replace(questions, alone=_regression(asked, scored.harmful[single]))
     said = logit(np.clip(scored.harm.astype(float), SUREST, 1 - SUREST))
-    asked = ngrams.score([normalised(exchanges[i].question) for i in scored.exchange])
-    alone, answered = (
-        logistic_regression(csr_array(features[these]), scored.harmful[these], FREE)
-        for features, these in ((asked[:, None], scored.asked), (np.stack([said, asked], axis=1), ~scored.asked))
-    )
-    (of_question,), question_bias = alone
-    (of_exchange, beside), bias = answered
-    return Questions(
-        ngrams,
-        alone=(round(float(of_question), 4), round(question_bias, 4)),
-        answered=(round(float(of_exchange), 4), round(float(beside), 4), round(bias, 4)),
-    )
+    both = np.stack([said, questions.asked(texts)], axis=1)
+    return replace(questions, answered=_regression(both[~scored.asked], scored.harmful[~scored.asked]))
+
+
+def _regression(features: np.ndarray, harmful: np.ndarray) -> tuple[float, float, float]:
+    """Two factors and a bias, for features (N, 2)."""
+    (first, second), bias = logistic_regression(csr_array(features), harmful, FREE)
+    return round(float(first), 4), round(float(second), 4), round(bias, 4)
 
 
 def _described(config: Config, threshold: float, labels: Sequence[str], questions: Questions | None) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
     stage: protector.ngrams
     train: build/guard/data/train
-    output: build/guard/questions
+    output: build/guard/ngrams
 
 Logistic regression over the features of `detgpt.guards.ngrams`, each scaled by how unlike naive Bayes finds it in
 harmful and in harmless questions (Wang and Manning 2012, "Baselines and Bigrams", whose scale is the log of the ratio;
 ours is its square root): what nearly always means the same may weigh much, what tells nothing may not. The problem is
-convex, so there is one solution and no luck. Which kind of harm it is, naive Bayes says alone. The result is
-`<output>/questions`.
+convex, so there is one solution and no luck. Which kind of harm it is, naive Bayes says alone. Questions of several
+turns are left out: which of their wishes means harm is not known. The result is `<output>/ngrams`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ from scipy.special import expit
 from detgpt import terminal
 from detgpt.errors import InputError
 from detgpt.guards.ngrams import NGrams, features
-from detgpt.guards.normalise import normalised
 from finetune import rundir
-from finetune.protector.exchanges import read_exchanges
+from finetune.protector.exchanges import read_questions
 from finetune.recipe import StageConfig
 
-QUESTIONS = "questions"  # in a run's folder: the result
+NGRAMS = "ngrams"  # in a run's folder: the result
 SEEN = 2  # questions: what is in fewer tells nothing
 KIND_FEATURES = 50_000
 STEPS = 150  # after which nothing changes any more that could be measured
@@ -51,16 +50,10 @@ def run(config: Config) -> None:
     if rundir.is_finished(config):
         return
     rundir.start(config)
-    asked = {normalised(exchange.question): exchange for exchange in read_exchanges(config.train)}
-    known = {text: exchange for text, exchange in asked.items() if exchange.question_harmful is not None}
-    learned = fit(
-        list(known),
-        np.array([exchange.question_harmful for exchange in known.values()], bool),
-        [exchange.categories for exchange in known.values()],
-        strength=config.strength,
-        kept=config.kept,
-    )
-    rundir.write_folder(config.output / QUESTIONS, learned.save)
+    known = read_questions(config.train)
+    harmful, kinds = zip(*known.values(), strict=True)
+    learned = fit(list(known), np.array(harmful, bool), kinds, strength=config.strength, kept=config.kept)
+    rundir.write_folder(config.output / NGRAMS, learned.save)
     terminal.note(f"{len(learned.hashes)} features of {len(known)} questions")
     rundir.finish(config.output, {})
 
