@@ -46,16 +46,18 @@ class QuestionNetwork(nn.Module):
     @classmethod
     def load(cls, folder: Path) -> QuestionNetwork:
         """Raises `ModelError` where there is none."""
-        file = folder / NETWORK_FILE
+        file, pieces = folder / NETWORK_FILE, folder / TOKENIZER_FILE
+        try:
+            tokenizer = Tokenizer.from_file(str(pieces))
+        except Exception as error:  # tokenizers raises nothing more exact
+            raise ModelError(f"cannot read the word pieces of a guard from {pieces}: {error}") from error
         try:
             weights = {name: tensor.float() for name, tensor in load_file(file).items()}
             filters, width = weights["widened.weight"].shape
-            network = cls(Tokenizer.from_file(str(folder / TOKENIZER_FILE)), width=width, filters=filters)
+            network = cls(tokenizer, width=width, filters=filters)
             network.load_state_dict(weights)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise ModelError(f"cannot load the part of a guard that reads questions from {file}: {error}") from error
-        except Exception as error:  # tokenizers raises nothing more exact
-            raise ModelError(f"cannot read the word pieces in {folder / TOKENIZER_FILE}: {error}") from error
         if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
             raise ModelError(f"{file} is damaged: it must hold finite weights")
         return network.eval()
