@@ -134,8 +134,8 @@ def name_confidence(raw: RawAnswer, span: tuple[int, int]) -> float | None:
     """Probability in [0, 1] that the reasoner gave to a name, the characters `span` of its text; None when unknown.
 
     The list repeats what the reasoning has concluded, so its own tokens are nearly certain, right or wrong. The choice
-    was made where the reasoning says the name for the last time, with its article ("The" against "Nothing here fits");
-    both count.
+    was made where the reasoning says the name for the last time, with its article ("The" against "Nothing here fits")
+    and what it says of it in brackets ("a cup (fits)"); all count.
     """
     if raw.tokens is None:
         return None
@@ -147,10 +147,10 @@ def name_confidence(raw: RawAnswer, span: tuple[int, int]) -> float | None:
 
 
 def _last_mention(text: str, span: tuple[int, int]) -> list[tuple[int, int]]:
-    """Where the lines above that of `span` say its name last, with its article; empty where they do not."""
+    """Where the lines above that of `span` say its name last, with article and brackets; empty where they do not."""
     start, end = span
     above = max(text.rfind("\n", 0, start), 0)
-    mention = rf"(?<!\w)(?:(?:an?|the|some)\s{{1,4}})?{re.escape(text[start:end])}(?:e?s)?(?!\w)"
+    mention = rf"(?<!\w)(?:(?:an?|the|some)\s{{1,4}})?{re.escape(text[start:end])}(?:e?s)?(?!\w)(?:\s\([^()\n]{{1,60}}\))?"
     return [found.span() for found in re.finditer(mention, text[:above], re.IGNORECASE)][-1:]
 
 

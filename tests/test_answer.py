@@ -390,11 +390,12 @@ def test_the_confidence_is_that_of_the_conclusion_which_the_list_repeats() -> No
         ("Some cup fits.", "Some cup"),
         ("The cupboard is shut.", ""),
         ("A teacup.", ""),
+        ("I see a cup (fits) and a spoon.", "a cup (fits)"),
         ("The coffee cup. A cup!", "A cup"),
         ("", ""),
     ],
 )
-def test_a_mention_is_a_word_with_its_article(above: str, counted: str) -> None:
+def test_a_mention_is_a_word_with_its_article_and_what_is_said_of_it_in_brackets(above: str, counted: str) -> None:
     text = f'{above}\nTargets: ["cup", "coffee cup"]'
     place = above.rindex(counted) if counted else 0
     tokens = (TokenSpan(place, place + len(counted), -1.0), TokenSpan(len(above) + 11, len(above) + 16, -0.5))
