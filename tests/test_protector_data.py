@@ -2,12 +2,16 @@
 
 import itertools
 import json
+from collections import Counter
 
 import pytest
+import typer
 
 from detgpt.errors import InputError
+from detgpt.evaluation.attacks import read_attacks
 from detgpt.guards.normalise import normalised
 from finetune.data.convert import convert
+from finetune.protector import splits
 from finetune.protector.attacks import KINDS, attacks
 from finetune.protector.data import exchanges
 from finetune.protector.exchanges import read_exchange, read_exchanges
@@ -191,3 +195,15 @@ def test_other_data_is_refused_by_name(tmp_path, format):
     with pytest.raises(InputError, match=r"in\.jsonl, line 1: 'is_"):
         convert(tmp_path / "in.jsonl", tmp_path / "out", format=format)
     assert not (tmp_path / "out").exists()
+
+
+def test_more_attacks_of_some_kinds_are_written_on_request(tmp_path, monkeypatch):
+    monkeypatch.setattr(splits, "COUNTS", {})
+    splits.main(tmp_path, each=4, kind=["suffix", "direct"])
+    for name in ATTACKS:
+        attacks = read_attacks(tmp_path / name)
+        assert Counter((attack.kind, attack.benign) for attack in attacks) == {
+            (kind, benign): 4 for kind in ("suffix", "direct") for benign in (True, False)
+        }
+    with pytest.raises(typer.BadParameter, match="shouted"):
+        splits.main(tmp_path, kind=["shouted"])

@@ -21,6 +21,7 @@ from __future__ import annotations
 import base64
 import codecs
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,13 @@ LEET = str.maketrans("aeiost", "431057")
 FOREIGN = str.maketrans("aeopcyx", "аеорсух")  # Cyrillic
 
 
-def write_attacks(folder: Path, each: int, seed: int, part: Part) -> None:
-    """`each` harmful questions of each kind and as many harmless ones, with their pictures."""
+def write_attacks(folder: Path, each: int, seed: int, part: Part, kinds: Sequence[str] = KINDS) -> None:
+    """`each` harmful questions of each of the kinds and as many harmless ones, with their pictures."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     scenes = [scene_for(seed, i).image for i in range(SCENES)]
     for i, scene in enumerate(scenes):
         scene.save(folder / _scene(i), quality=80, method=6)
-    rows = attacks(each, seed, part)
+    rows = attacks(each, seed, part, kinds)
     for row in rows:
         if "printed" in row:
             scene = scenes[int(row["id"].rpartition("-")[2]) % SCENES]
@@ -51,11 +52,11 @@ def write_attacks(folder: Path, each: int, seed: int, part: Part) -> None:
     write_rows(folder, rows)
 
 
-def attacks(each: int, seed: int, part: Part) -> list[dict[str, Any]]:
-    """The records in texts of a part, of every kind in turn; every other one is harmless."""
+def attacks(each: int, seed: int, part: Part, kinds: Sequence[str] = KINDS) -> list[dict[str, Any]]:
+    """The records in texts of a part, of each of the kinds in turn; every other one is harmless."""
     texts = Texts()
     rows: list[dict[str, Any]] = []
-    for kind in KINDS:
+    for kind in kinds:
         seen: set[str] = set()
         for i in range(2 * each):
             benign = i % 2 == 1

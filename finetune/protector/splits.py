@@ -1,6 +1,7 @@
 """The evaluation splits of the built-in guard: texts that no training saw.
 
     python -m finetune.protector.splits finetune/protector/splits
+    python -m finetune.protector.splits build/more --each 100 --kind direct --kind role-play
 
     test, strangers               exchanges about the kinds of harm that training knows, and harmless ones
     categories                    exchanges about kinds of harm that no training knows, and harmless ones
@@ -17,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.protector.attacks import write_attacks
+from finetune.protector.attacks import KINDS, write_attacks
 from finetune.protector.data import exchanges
 from finetune.protector.exchanges import write_rows
 from finetune.protector.texts import Part
@@ -29,12 +30,18 @@ ATTACKS: dict[str, Part] = {"attacks": "test", "strangers-attacks": "strangers"}
 EACH = 30  # attacks of a kind, and as many harmless ones
 
 
-def main(folder: Annotated[Path, typer.Argument(help="Where the splits go.")] = FOLDER) -> None:
+def main(
+    folder: Annotated[Path, typer.Argument(help="Where the splits go.")] = FOLDER,
+    each: Annotated[int, typer.Option(help="Attacks of a kind, and as many harmless ones.")] = EACH,
+    kind: Annotated[list[str], typer.Option(help="Of attacks; several, all if not said.")] = list(KINDS),  # noqa: B006
+) -> None:
     """Write the splits."""
+    if unknown := set(kind) - set(KINDS):
+        raise typer.BadParameter(f"there is no attack {', '.join(sorted(unknown))}: give of {', '.join(KINDS)}")
     for name, count in COUNTS.items():
         write_rows(folder / name, exchanges(name, count, SEED, set()))
     for name, part in ATTACKS.items():
-        write_attacks(folder / name, EACH, SEED, part)
+        write_attacks(folder / name, each, SEED, part, kind)
 
 
 if __name__ == "__main__":
