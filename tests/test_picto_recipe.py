@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, load_model
+from transformers import AutoModelForImageTextToText
 
 import detgpt
+from finetune.picto.dense import pixels
+from finetune.picto.knowledge import load_knowledge
+from finetune.picto.tower import WEIGHTS, DenseTower
+from finetune.picto.world import World
 from finetune.recipe import run_recipe
 
 TRAININGS = ("cuts", "backbone", "detector", "tower", "captions", "conversations")
@@ -71,3 +79,26 @@ def test_a_model_is_taken_further_from_where_it_is(built, monkeypatch):
         .detect("build/world/images/000000.webp", "I am thirsty")
         .answer
     )
+
+
+def test_an_anchored_tower_keeps_its_tokens_near_where_they_were(built, monkeypatch):
+    """So that a language model which has learned to read them need not learn it anew."""
+    monkeypatch.chdir(built)
+    scene = pixels(np.stack([World(Path("build/world"))[0]["image"]]))
+
+    def moved(anchor: float) -> float:
+        output = Path(f"build/anchored-{anchor}")
+        places = ["world=build/world", "validation_world=build/world-validation", f"output={output}"]
+        start = ["start=picto/reasoner", "detector=picto/detector", f"anchor={anchor}"]
+        trainer = ["max_steps=8", "warmup_steps=0", "per_device_train_batch_size=4"]
+        run_recipe("picto-further/tower", [*places, *start, *(f"trainer.{setting}" for setting in trainer)])
+        model = DenseTower(len(load_knowledge().classes))
+        before = AutoModelForImageTextToText.from_pretrained("picto/reasoner", dtype=torch.float32).model.vision_tower
+        load_model(model, str(output / WEIGHTS))
+        with torch.inference_mode():
+            old, new = (
+                tower.eval()(scene, output_hidden_states=True).hidden_states[-1] for tower in (before, model.tower)
+            )
+        return float((new - old).square().mean())
+
+    assert moved(1e3) < 0.5 * moved(0.0)

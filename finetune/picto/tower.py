@@ -7,12 +7,15 @@ small things, too. With the tower stay its heads, which say how well a scene can
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from safetensors.torch import load_file, save_model
 from torch import nn
 from torch.nn import functional as F
@@ -33,11 +36,13 @@ class Config(LessonConfig):
     """detector: folder of the trained detector, whose ResNet the tower starts with.
 
     start: folder of a reasoner, whose tower to go on with instead.
+    anchor: how strongly its tokens are then held to what they were, so that the language model still reads them.
     """
 
     stage: Literal["picto.tower"]
     detector: Path
     start: Path | None = None
+    anchor: float = Field(default=0.0, ge=0)
 
 
 class DenseTower(nn.Module):
@@ -55,13 +60,31 @@ class DenseTower(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, 3, S, S) → logits (B, cells, …): the class before attention (C + 1), coverage and centre (C)."""
-        hidden = self.tower(pixel_values, output_hidden_states=True).hidden_states
+        return self.read(self.tower(pixel_values, output_hidden_states=True).hidden_states)
+
+    def read(self, hidden: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same of the tower's hidden states."""
         coverage, centre = self.tokens(hidden[-1][:, 1:]).chunk(2, dim=-1)
         return self.early(hidden[0][:, 1:]), coverage, centre
 
     def look(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) → how sure each class is there, (B, C) in 0..1."""
         return self(pixel_values)[2].amax(1).sigmoid()
+
+
+class Anchored(nn.Module):
+    """A tower in training that also says how far its tokens have gone from where they were, of their variance."""
+
+    def __init__(self, model: DenseTower):
+        super().__init__()
+        self.model = model
+        self.before = copy.deepcopy(model.tower).requires_grad_(False)
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        hidden = self.model.tower(pixel_values, output_hidden_states=True).hidden_states
+        with torch.no_grad():
+            before = self.before.eval()(pixel_values, output_hidden_states=True).hidden_states[-1]
+        return *self.model.read(hidden), (hidden[-1] - before).square().mean() / before.var()
 
 
 def run(config: Config) -> None:
@@ -78,13 +101,14 @@ def run(config: Config) -> None:
     resnet = model.tower.embeddings.backbone
     for part in (resnet.embedder, resnet.encoder.stages[0]):  # they have learned what they can, and cost most
         part.requires_grad_(False)
+    anchored = config.start is not None and config.anchor > 0
     validation = World(config.validation_world)
     metrics = learn(
-        model,
+        Anchored(model) if anchored else model,
         config,
         train=World(config.world),
         collate=scenes,
-        loss=dense_loss,
+        loss=partial(anchored_loss, strength=config.anchor) if anchored else dense_loss,
         measure=lambda: {"presence_f1": presence_f1(*look_at(model, validation), threshold=0.35)},
     )
     save_model(model, str(config.output / WEIGHTS))
@@ -112,6 +136,11 @@ def dense_loss(logits: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -
     (early, *late), coverage = logits, labels[0]
     first = F.cross_entropy(early.flatten(0, 1), dominant(coverage).flatten(), label_smoothing=0.05)
     return first + sum(sparse_bce(said, true) for said, true in zip(late, labels, strict=True))
+
+
+def anchored_loss(output: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], strength: float) -> torch.Tensor:
+    *logits, distance = output
+    return dense_loss(logits, labels) + strength * distance
 
 
 @torch.inference_mode()
