@@ -92,11 +92,21 @@ class NGrams:
         """The logit of harm of each question, (N,). They are read as they are: write out what they hide before."""
         return np.array([self._score(features(question)) for question in questions], np.float32)
 
-    def kind(self, text: str) -> str | None:
-        """The kind of harm that a text means if it means any; None where no kinds are known."""
+    def kind(self, question: str, answer: str | None = None) -> str | None:
+        """The kind of harm that a question or its answer means if it means any; None where no kinds are known.
+
+        With an answer the question counts half as much again: somebody who wants to die is not about weapons because
+        the answer names a knife.
+        """
         if not self.kinds:
             return None
-        return self.kinds[int(self.kind_weights[_places(self.kind_hashes, features(text))].sum(axis=0).argmax())]
+        if answer is None:
+            return self.kinds[int(self._kinds_of(question).argmax())]
+        return self.kinds[int((self._kinds_of(f"{question} {answer}") + 0.5 * self._kinds_of(question)).argmax())]
+
+    def _kinds_of(self, text: str) -> np.ndarray:
+        """How much speaks for each kind, (C,)."""
+        return self.kind_weights[_places(self.kind_hashes, features(text))].sum(axis=0)
 
     def _score(self, found: np.ndarray) -> float:
         # Over the length of the vector of features, so that a long text is not sure of everything.

@@ -131,7 +131,7 @@ class HarmDetector:
 
     def _kind(self, exchange: Exchange, logits: torch.Tensor) -> str | None:
         if self._questions is not None:
-            return self._questions.ngrams.kind(" ".join(filter(None, exchange)))
+            return self._questions.ngrams.kind(*exchange)
         return self._categories[int(logits.argmax())] if len(logits) else None
 
     def _fitting(self, question: str, answer: str | None) -> list[Exchange]:
