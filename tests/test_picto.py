@@ -43,22 +43,27 @@ def test_it_is_small_and_of_the_classes_that_big_checkpoints_use(model):
 
 
 def test_it_answers_wishes_about_new_scenes(seen):
-    assert seen["end_to_end"]["f1_50"] >= 0.76
-    assert seen["reasoner"]["f1"] >= 0.82
+    assert seen["end_to_end"]["f1_50"] >= 0.79
+    assert seen["reasoner"]["f1"] >= 0.88
 
 
 def test_it_understands_ways_of_speaking_that_it_never_met(paraphrases):
-    assert paraphrases["end_to_end"]["f1_50"] >= 0.69
+    assert paraphrases["end_to_end"]["f1_50"] >= 0.75
+
+
+def test_it_combines_what_it_learned_one_by_one(model):
+    """Held-out needs, such as a cold drink or a red fruit."""
+    assert evaluate(model, SPLITS / "needs", limit=90)["reasoner"]["f1"] >= 0.68
 
 
 def test_it_boxes_nothing_when_nothing_fits(seen):
-    assert seen["end_to_end"]["rejection"] >= 0.85
-    assert seen["reasoner"]["rejection"] >= 0.78
+    assert seen["end_to_end"]["rejection"] >= 0.93
+    assert seen["reasoner"]["rejection"] >= 0.92
 
 
 def test_it_looks_before_it_names(seen):
     """A model that names every drink for "thirsty", whatever stands there, would name mostly what is not there."""
-    assert seen["reasoner"]["hallucination"] <= 0.09
+    assert seen["reasoner"]["hallucination"] <= 0.05
 
 
 def test_its_answers_can_be_read(seen, paraphrases):

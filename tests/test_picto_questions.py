@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -49,13 +50,23 @@ def test_facts_hold_as_often_as_not_and_are_those_of_the_knowledge() -> None:
     assert all(question.answer.removeprefix("Yes, ").rstrip(".") in question.text for question in true)
 
 
-def test_a_talk_says_what_is_seen_once_and_counts_now_and_then() -> None:
+def test_a_talk_says_what_is_seen_with_every_wish_and_counts_now_and_then() -> None:
     conversations = Conversations(Wishes(load_knowledge()))
     talks = [conversations.talk(np.random.default_rng(seed), "kitchen", COUNTS) for seed in range(40)]
     for talk in talks:
-        assert [" I see " in exchange.answer for exchange in talk] == [True] + [False] * (len(talk) - 1)
+        count = [re.search("how many|count|number of", exchange.wish.lower()) is not None for exchange in talk]
+        assert [" I see " in exchange.answer for exchange in talk] == [not c or i == 0 for i, c in enumerate(count)]
     counted = [exchange for talk in talks for exchange in talk if "how many" in exchange.wish.lower()]
     assert counted and any(exchange is talk[0] for talk in talks for exchange in counted)
+
+
+def test_a_greeting_does_not_tell_which_kind_of_wish_follows() -> None:
+    """Said with needs only, "Hello, a green animal, please" would be answered as the need that sounds most like it."""
+    conversations = Conversations(Wishes(load_knowledge()))
+    talks = [conversations.talk(np.random.default_rng(seed), "kitchen", COUNTS) for seed in range(200)]
+    plain = [e.wish.lower() for talk in talks for e in talk if re.match("You want (?!.*, and only)", e.answer)]
+    greeted = [wish for wish in plain if wish.startswith(("hi, ", "hello, ", "hey, ", "excuse me, "))]
+    assert 0.1 < len(greeted) / len(plain) < 0.4
 
 
 @pytest.mark.parametrize("ability", ["captions", "counting", "attributes", "needs", "facts"])

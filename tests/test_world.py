@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from detgpt.answer import parse_answer
 from finetune.picto import sprites
 from finetune.picto.knowledge import holds, load_knowledge
-from finetune.picto.language import Wishes, WishSampler, answer
+from finetune.picto.language import Wishes, WishSampler, answer, with_article
 from finetune.picto.places import PLACES
 from finetune.picto.scenes import make_scene
 from finetune.picto.splits import FOLDER, SPLITS, write_split
@@ -119,11 +120,33 @@ def test_training_answers_are_read_back_by_the_parser_users_have():
     for _ in range(300):
         names = [str(n) for n in rng.choice(list(KNOWLEDGE.classes), size=6, replace=False)]
         wish = sampler.draw(rng, names)
-        read = parse_answer(answer(str(rng.choice(list(PLACES))), names, wish))
+        said = answer(str(rng.choice(list(PLACES))), names, wish)
+        read = parse_answer(said)
         assert read.problem is None
         assert list(read.names) == [n for n in names if n in wish.fits]
+        if wish.kind != "everything":
+            marked = [part[: -len(" (fits)")] for part in re.split(r", | and | I see |\.", said) if "(fits)" in part]
+            assert marked == [with_article(name) for name in read.names], said
         nothing += not read.names
     assert nothing >= 0.15 * 300  # wishes that nothing fulfils are part of the lesson
+
+
+def test_combinations_fit_both_and_leave_those_of_the_evaluation_alone():
+    """A cold drink is a held-out need: nobody asks in training for a drink that is served cold."""
+    sampler = WishSampler(Wishes(KNOWLEDGE))
+    rng = np.random.default_rng(1)
+    kept = [KNOWLEDGE.fitting(KNOWLEDGE.needs[key].rule) for key in sampler.wishes.held_out_needs]
+    names = list(KNOWLEDGE.classes)
+    wishes = [
+        sampler.draw(rng, [str(n) for n in rng.choice(names, size=6, replace=False)], "combination") for _ in range(300)
+    ]
+    assert len({wish.fits for wish in wishes}) > 40
+    assert not {wish.fits for wish in wishes} & set(kept)
+    for wish in wishes:
+        assert wish.fits and wish.fits == KNOWLEDGE.fitting(wish.key)
+        assert ", and only " in wish.reason
+    said = " ".join(wish.text.lower() for wish in wishes)
+    assert not re.search(r"drinks? (that )?(is|are) served|animals? (that )?can fly|fruits? (that )?(is|are) red", said)
 
 
 def test_the_committed_splits_are_those_that_the_code_writes(tmp_path):

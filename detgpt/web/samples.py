@@ -31,7 +31,7 @@ class Sample:
 
 PICTURES = (
     Sample("kitchen.png", ("I am thirsty", "I want to read", "I need something to cook with", "it is raining")),
-    Sample("desk.png", ("I want to write something down", "it is too dark", "something to eat", "it is raining")),
+    Sample("desk.png", ("it is too dark", "I want to send a letter", "something to eat", "it is raining")),
     Sample("park.png", ("it is raining", "I want to fly something", "I want to make music", "I am thirsty")),
     Sample("workshop.png", ("something sharp", "my finger is bleeding", "I want to make music", "I am thirsty")),
 )

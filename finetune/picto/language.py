@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from detgpt.answer import format_answer
-from finetune.picto.knowledge import Knowledge
+from finetune.picto.knowledge import Attribute, Knowledge
 from finetune.picto.places import PLACES
 
 ASKS = (
@@ -51,14 +51,13 @@ PLURAL = frozenset({"grapes", "jeans", "gloves", "socks", "glasses", "headphones
 
 @dataclass(frozen=True)
 class Wish:
-    """What somebody asks. `reason` is a sentence; or `says` completes "the knife …" / "the knives …"."""
+    """What somebody asks, what fits it, and why, in a sentence: what it takes, or the wish in the plainest words."""
 
     text: str
     fits: frozenset[str]
-    kind: str  # need | two_step | exclusion | attribute | category | direct | everything | refinement
+    kind: str  # need | two_step | exclusion | attribute | category | combination | direct | everything | refinement
     key: str
     reason: str = ""
-    says: tuple[str, str] = ("fits", "fit")
 
 
 def with_article(name: str) -> str:
@@ -67,34 +66,42 @@ def with_article(name: str) -> str:
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
+def of_kind(attribute: Attribute, name: str, says: str) -> str:
+    """What a thing of that name with that attribute is called: "red fruit", "animal that flies"."""
+    if not attribute.thing.startswith("something "):
+        return f"{name} that {says}"
+    kind = attribute.thing.removeprefix("something ")
+    return f"{name} {kind}" if " " in kind else f"{kind} {name}"
+
+
+def in_a_talk(rng: np.random.Generator, text: str) -> str:
+    """A wish with what people say before and behind it."""
+    closer = str(rng.choice(CLOSERS)) if not text.endswith("?") else ""
+    return str(rng.choice(OPENERS)) + text + ("." if closer and text[-1].isalnum() else "") + closer
+
+
 def listing(parts: Sequence[str]) -> str:
     """ "a", "a and b", "a, b and c"."""
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
-def answer(place: str, names: Sequence[str], wish: Wish, *, first: bool = True) -> str:
+def answer(place: str, names: Sequence[str], wish: Wish) -> str:
     """The whole answer about a scene: `names` are what is in it, in reading order.
 
-    What is in the picture is said in the first answer of a conversation only.
+    First the reason, then everything in the picture with a mark at what fits: whether a thing fits is decided where it
+    is named, and no longer from somebody's words but from the reason.
     """
     fitting = [n for n in names if n in wish.fits]
-    sentences = [seen(place, names) if first else "", wish.reason, _conclusion(fitting, wish)]
-    return format_answer(" ".join(s for s in sentences if s), fitting)
-
-
-def seen(place: str, names: Sequence[str]) -> str:
-    """What is in the picture, in a sentence."""
-    return f"{PLACES[place].phrase} I see {listing([with_article(n) for n in names])}."
-
-
-def _conclusion(fitting: Sequence[str], wish: Wish) -> str:
     if wish.kind == "everything":
-        return ""
-    if not fitting:
-        return "Nothing here fits."
-    plural = len(fitting) > 1 or fitting[0] in PLURAL
-    sentence = f"{listing([f'the {n}' for n in fitting])} {wish.says[plural]}."
-    return sentence[0].upper() + sentence[1:]
+        return format_answer(seen(place, names), fitting)
+    nothing = "" if fitting else "Nothing here fits."
+    return format_answer(" ".join(s for s in (wish.reason, seen(place, names, fitting), nothing) if s), fitting)
+
+
+def seen(place: str, names: Sequence[str], fitting: Sequence[str] = ()) -> str:
+    """What is in the picture, in a sentence, with a mark at what fits."""
+    parts = [f"{with_article(n)} (fits)" if n in fitting else with_article(n) for n in names]
+    return f"{PLACES[place].phrase} I see {listing(parts)}."
 
 
 @dataclass(frozen=True)
@@ -108,16 +115,14 @@ class Wishes:
         says = need.held_out if held_out and need.held_out else need.says
         text = str(rng.choice(list(says)))
         if not held_out:
-            closer = str(rng.choice(CLOSERS)) if not text.endswith("?") else ""
-            text = str(rng.choice(OPENERS)) + text + ("." if closer and text[-1].isalnum() else "") + closer
+            text = in_a_talk(rng, text)
         because = need.because[0].upper() + need.because[1:] + "."
         return Wish(text, self.knowledge.fitting(need.rule), need.kind, key, because)
 
     def of_attribute(self, key: str, rng: np.random.Generator, *, held_out: bool = False) -> Wish:
         attribute = self.knowledge.attributes[key]
         text = str(rng.choice(HELD_OUT_ASKS if held_out else ASKS)).format(x=attribute.thing)
-        says = (attribute.says, attribute.plural_says)
-        return Wish(text, self.knowledge.fitting(key), "attribute", key, says=says)
+        return Wish(text, self.knowledge.fitting(key), "attribute", key, f"You want {attribute.thing}.")
 
     def of_category(self, key: str, rng: np.random.Generator, *, held_out: bool = False) -> Wish:
         category = self.knowledge.categories[key]
@@ -126,15 +131,15 @@ class Wishes:
         asks: Sequence[str] = HELD_OUT_ASKS_ALL if held_out else ASKS_ALL
         if rng.random() < 0.4:
             asked, asks = with_article(singular), HELD_OUT_ASKS if held_out else ASKS
-        says = (f"is {with_article(singular)}", f"are {category.plural}")
-        return Wish(str(rng.choice(asks)).format(x=asked), self.knowledge.fitting(key), "category", key, says=says)
+        text, reason = str(rng.choice(asks)).format(x=asked), f"You want {category.plural}."
+        return Wish(text, self.knowledge.fitting(key), "category", key, reason)
 
     def of_class(self, key: str, rng: np.random.Generator, *, held_out: bool = False) -> Wish:
         names = self.knowledge.classes[key].names
         name = names[0] if rng.random() < 0.5 else str(rng.choice(names))
         asked = f"the {name}" if rng.random() < 0.5 else with_article(name)
         text = str(rng.choice(HELD_OUT_ASKS if held_out else ASKS)).format(x=asked)
-        return Wish(text, frozenset({key}), "direct", key, says=("is here", "are here"))
+        return Wish(text, frozenset({key}), "direct", key, f"You want the {key}.")
 
     def of_exception(self, key: str, but: str, rng: np.random.Generator) -> Wish:
         """A category without one of its classes."""
@@ -142,8 +147,23 @@ class Wishes:
         phrase = str(rng.choice(["{p} but not the {n}", "{p} except the {n}", "{p} other than the {n}"]))
         asked = phrase.format(p=category.plural, n=but)
         fits = self.knowledge.fitting(key) - {but}
-        says = (f"is {with_article(category.ways[0])}", f"are {category.plural}")
-        return Wish(str(rng.choice(ASKS_ALL)).format(x=asked), fits, "exclusion", f"{key} - {but}", says=says)
+        text, reason = str(rng.choice(ASKS_ALL)).format(x=asked), f"You want {category.plural}, but not the {but}."
+        return Wish(text, fits, "exclusion", f"{key} - {but}", reason)
+
+    def of_combination(self, rule: str, rng: np.random.Generator) -> Wish:
+        """What is in a category and has an attribute, too: "fruit and red"."""
+        first, second = rule.split(" and ")
+        category, attribute = self.knowledge.categories[first], self.knowledge.attributes[second]
+        one, many = category.ways[0], category.plural
+        ways = [
+            str(rng.choice(ASKS)).format(x=with_article(f"{one} that {attribute.says}")),
+            str(rng.choice(ASKS)).format(x=with_article(of_kind(attribute, one, attribute.says))),
+            str(rng.choice(ASKS_ALL)).format(x=of_kind(attribute, many, attribute.plural_says)),
+            f"which {one} {attribute.says}?",
+        ]
+        text = in_a_talk(rng, str(rng.choice(ways)))
+        reason = f"You want {category.plural}, and only {attribute.thing}."
+        return Wish(text, self.knowledge.fitting(rule), "combination", rule, reason)
 
     def of_everything(self, rng: np.random.Generator) -> Wish:
         return Wish(str(rng.choice(ASKS_EVERYTHING)), frozenset(self.knowledge.classes), "everything", "everything")
@@ -153,7 +173,9 @@ class Wishes:
         attribute = self.knowledge.attributes[key]
         fits = first.fits & self.knowledge.fitting(key)
         text = str(rng.choice(FOLLOW_UPS)).format(x=attribute.thing)
-        return Wish(text, fits, "refinement", key, says=(attribute.says, attribute.plural_says))
+        before = first.reason.removesuffix(".")
+        reason = f"{before}, and only {attribute.thing}." if before else f"You want {attribute.thing}."
+        return Wish(text, fits, "refinement", key, reason)
 
     @cached_property
     def trained_needs(self) -> list[str]:
@@ -165,11 +187,12 @@ class Wishes:
 
 
 KINDS = {
-    "need": 0.40,
-    "attribute": 0.15,
-    "category": 0.13,
+    "need": 0.35,
+    "attribute": 0.12,
+    "category": 0.10,
+    "combination": 0.12,
     "direct": 0.12,
-    "exclusion": 0.15,  # more than people ask: what is left out must not be what is named
+    "exclusion": 0.14,  # more than people ask: what is left out must not be what is named
     "everything": 0.05,
 }  # shares
 
@@ -188,12 +211,25 @@ class WishSampler:
             "direct": {k: frozenset({k}) for k in knowledge.classes},
         }
         self._fits["held_out_need"] = {k: knowledge.fitting(knowledge.needs[k].rule) for k in wishes.held_out_needs}
-
+        rules = [f"{c} and {a}" for c in knowledge.categories for a in knowledge.attributes]
+        combinations = {rule: knowledge.fitting(rule) for rule in rules}
+        self._fits["combination"] = {
+            rule: fits for rule, fits in combinations.items() if fits and not self._held_out(rule, fits)
+        }
         self._columns = {name: i for i, name in enumerate(knowledge.classes)}
         self._tables = {
             kind: (list(fits), np.array([[c in classes for c in self._columns] for classes in fits.values()]))
             for kind, fits in self._fits.items()
         }
+
+    def _held_out(self, rule: str, fits: frozenset[str]) -> bool:
+        """Whether only the evaluation may ask for this: for just these, or a held-out need is of the same attribute and
+        some of these fulfil it, too."""
+        attribute = rule.split(" and ")[1]
+        return any(
+            fits == classes or (fits & classes and attribute in self.wishes.knowledge.needs[need].rule.split())
+            for need, classes in self._fits["held_out_need"].items()
+        )
 
     def draw(
         self,
@@ -208,6 +244,8 @@ class WishSampler:
             return self.wishes.of_everything(rng)
         if kind == "exclusion":
             return self._exception(rng, present)
+        if kind == "combination":
+            return self.wishes.of_combination(self._choose(rng, kind, present), rng)
         key = self._choose(rng, kind, present)
         make = {
             "need": self.wishes.of_need,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from pydantic import Field
 from safetensors.torch import load_model
 
 from finetune import rundir
@@ -31,14 +32,13 @@ from finetune.picto.tower import WEIGHTS, DenseTower, look_at
 from finetune.picto.world import Picture, World
 from finetune.recipe import StageConfig
 
-RECOGNISED = 0.35  # least score of the tower for a thing that an answer names
-
 
 class Config(StageConfig):
     """world: a folder of `picto.world`. tower: a folder of `picto.tower`. rounds: conversations about each scene.
 
     captions: how many scenes have a caption, all if not said.
     start: folder of a trained reasoner of the same shape, which gets the tower in the place of a fresh one.
+    recognised: least score of the tower for a thing that an answer names.
     """
 
     stage: Literal["picto.lessons"]
@@ -47,6 +47,7 @@ class Config(StageConfig):
     rounds: int = 1
     captions: int | None = None
     start: Path | None = None
+    recognised: float = Field(default=0.35, ge=0, le=1)
 
 
 def run(config: Config) -> None:
@@ -59,7 +60,9 @@ def run(config: Config) -> None:
     tower = DenseTower(len(names)).eval()
     load_model(tower, str(config.tower / WEIGHTS))
     scores, _ = look_at(tower, world)
-    readable = [_readable(picture, row, names) for picture, row in zip(world.pictures, scores, strict=True)]
+    readable = [
+        _readable(picture, row > config.recognised, names) for picture, row in zip(world.pictures, scores, strict=True)
+    ]
 
     def record(folder: Path, index: int, exchanges: Sequence[Exchange]) -> dict:
         return {"image": os.path.relpath(world.pictures[index].file, folder), "messages": messages(exchanges)}
@@ -90,11 +93,11 @@ def run(config: Config) -> None:
     rundir.finish(config.output, {})
 
 
-def _readable(picture: Picture, scores: np.ndarray, names: Sequence[str]) -> dict[str, int]:
-    """The names of what the tower tells, in reading order, and how often each thing is there."""
+def _readable(picture: Picture, recognised: np.ndarray, names: Sequence[str]) -> dict[str, int]:
+    """The names of what the tower tells, (C,) bool, in reading order, and how often each thing is there."""
     counts = Counter(int(c) for c in picture.classes)
     present = picture.classes_in_reading_order()
-    return {names[c]: counts[c] for c in [c for c in present if scores[c] > RECOGNISED] or present}
+    return {names[c]: counts[c] for c in [c for c in present if recognised[c]] or present}
 
 
 def _write(folder: Path, records: Iterator[dict]) -> None:

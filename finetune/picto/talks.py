@@ -24,13 +24,14 @@ from pydantic import Field
 from detgpt import terminal
 from finetune import rundir
 from finetune.picto.knowledge import load_knowledge
-from finetune.picto.language import Wish, Wishes, WishSampler, answer, as_typed, seen
+from finetune.picto.language import Wish, Wishes, WishSampler, answer, as_typed, in_a_talk, seen
 from finetune.picto.questions import counting, fact
 from finetune.picto.world import scene_for
 from finetune.recipe import StageConfig
 
 NOTHING_FITS = 0.32  # share of wishes that nothing fulfils: more than people ask, for "no" is the hardest to learn
 COUNTING = 0.12  # share of exchanges
+PLAIN = ("attribute", "category", "direct", "exclusion")  # also said in a talk, that "Hello, …" does not mean a need
 FACTS = 0.15  # records without a picture, per record with one; each asks FACTS_EACH questions
 FACTS_EACH = 8
 
@@ -63,12 +64,11 @@ class Conversations:
         return [Exchange(as_typed(rng, wish.text), answer(place, list(present), wish))]
 
     def talk(self, rng: np.random.Generator, place: str, present: Mapping[str, int]) -> list[Exchange]:
-        """Three to eight exchanges: many, for each is another lesson in reading from the list that the first answer
-        begins with."""
+        """Two to five exchanges; each answer says anew what is in the picture, for it marks there what fits."""
         names = list(present)
         exchanges: list[Exchange] = []
         wish: Wish | None = None
-        for turn in range(int(rng.integers(3, 9))):
+        for turn in range(int(rng.integers(2, 6))):
             if rng.random() < COUNTING:
                 wish = None
                 question = counting(rng, self.knowledge, present)
@@ -77,7 +77,8 @@ class Conversations:
                 continue
             narrower = self.sampler.follow_up(rng, wish, names) if wish and rng.random() < 0.3 else None
             wish = narrower or self.sampler.draw(rng, names)
-            exchanges.append(Exchange(as_typed(rng, wish.text), answer(place, names, wish, first=turn == 0)))
+            said = in_a_talk(rng, wish.text) if wish.kind in PLAIN and rng.random() < 0.4 else wish.text
+            exchanges.append(Exchange(as_typed(rng, said), answer(place, names, wish)))
         return exchanges
 
     def facts(self, rng: np.random.Generator) -> list[Exchange]:

@@ -83,8 +83,10 @@ def helpful(rng: np.random.Generator, at: Look, things: Sequence[str], purpose: 
 
 
 def reasoned(rng: np.random.Generator, at: Look, things: Sequence[str], wish: Wish) -> str:
-    """What the built-in reasoner says to `wish` about these things, as if they were what fits; none may."""
-    return answer(at.place, at.names, replace(wish, fits=frozenset(things)), first=rng.random() < 0.8)
+    """What the built-in reasoner says to `wish` about these things, as if they were what fits; none may. Now and then
+    without its reason."""
+    reason = wish.reason if rng.random() < 0.8 else ""
+    return answer(at.place, at.names, replace(wish, fits=frozenset(things), reason=reason))
 
 
 def declined(rng: np.random.Generator, at: Look, refusal: str, part: Part = "train") -> str:
