@@ -150,7 +150,8 @@ def _last_mention(text: str, span: tuple[int, int]) -> list[tuple[int, int]]:
     """Where the lines above that of `span` say its name last, with article and brackets; empty where they do not."""
     start, end = span
     above = max(text.rfind("\n", 0, start), 0)
-    mention = rf"(?<!\w)(?:(?:an?|the|some)\s{{1,4}})?{re.escape(text[start:end])}(?:e?s)?(?!\w)(?:\s\([^()\n]{{1,60}}\))?"
+    name = rf"(?:(?:an?|the|some)\s{{1,4}})?{re.escape(text[start:end])}(?:e?s)?"
+    mention = rf"(?<!\w){name}(?!\w)(?:\s\([^()\n]{{1,60}}\))?"
     return [found.span() for found in re.finditer(mention, text[:above], re.IGNORECASE)][-1:]
 
 
