@@ -31,7 +31,7 @@ from finetune.rundir import read_run
 from finetune.stages import instruct
 
 SPLIT = Path(__file__).parents[1] / "finetune/picto/splits/needs"
-UNSURE = (13, 125, 129, 160, 193, 204, 210, 265, 277, 282, 302, 327)  # wishes answered now right and now wrong
+UNSURE = (23, 57, 81, 92, 96, 103, 125, 129, 152, 164, 176, 201)  # wishes answered now right and now wrong
 ITERATIONS = ("01", "02", "03")
 TRAINER = ["trainer.report_to=[]", "trainer.learning_rate=3e-4", "trainer.per_device_train_batch_size=4"]
 
