@@ -134,11 +134,12 @@ def _draw(
 def _row(wish: Wish, picture: Picture, images: Path, output: Path) -> dict[str, Any]:
     targets = tuple(name for name in picture.boxed if name in wish.fits)
     record = picture.record(images, wish.text, targets, str(picture.id), kind=wish.kind if targets else "absent")
-    seen = f"I see {_listed(record.present)}." if record.present else "I see nothing that I know."
-    fitting = _listed(targets) if targets else "nothing here"
-    fact = f"{wish.fact[0].upper()}{wish.fact[1:]}"
+    marked = [f"{name} (fits)" if name in targets else name for name in record.present]
+    seen = f"I see {_listed(marked)}." if marked else "I see nothing that I know."
+    fact = f"{wish.fact[0].upper()}{wish.fact[1:]}."
+    nothing = [] if targets else ["Nothing here fits."]
     image = Path(os.path.relpath(record.image, output)).as_posix()
-    return {**to_row(record, image), "reasoning": f"{seen} {fact}: {fitting}."}
+    return {**to_row(record, image), "reasoning": " ".join([fact, seen, *nothing])}
 
 
 def _listed(names: Sequence[str]) -> str:
