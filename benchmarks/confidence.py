@@ -18,7 +18,8 @@ import numpy as np
 import typer
 
 from detgpt import DetGPT, terminal
-from detgpt.answer import name_confidence, parse_answer
+from detgpt.answer import parse_answer
+from detgpt.confidence import name_confidence
 from detgpt.evaluation.calibration import risk_at
 from detgpt.evaluation.judging import is_right
 from detgpt.evaluation.readers import read_dataset

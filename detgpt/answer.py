@@ -13,21 +13,14 @@ Markdown, lost quotes or brackets, bullet lists, JSON objects, thoughts in <thin
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
 
 from detgpt.errors import InputError
-
-if TYPE_CHECKING:
-    from detgpt.reasoners import RawAnswer
-
-T = TypeVar("T")
+from detgpt.names import EDGES, MAX_NAME_LENGTH, NOTHING, clean, distinct, is_usable, read_name
 
 MAX_NAMES = 50
-MAX_NAME_LENGTH = 80
 
 _FORMAT = """one last line with the names of these objects as a JSON list, short names, for example
 Targets: ["cup", "bottle"]
@@ -54,9 +47,9 @@ def format_answer(reasoning: str, names: Iterable[str]) -> str:
     Raises `InputError` for a name that cannot be read back: empty, over `MAX_NAME_LENGTH` characters, a word
     for "nothing", or one past `MAX_NAMES`.
     """
-    cleaned = _distinct((_clean(name), name) for name in names)
+    cleaned = distinct((clean(name), name) for name in names)
     for name, original in cleaned:
-        if not _is_usable(name):
+        if not is_usable(name):
             raise InputError(f"{original!r} cannot be a target name: use words of 1 to {MAX_NAME_LENGTH} characters")
     if len(cleaned) > MAX_NAMES:
         raise InputError(f"{len(cleaned)} target names are too many: give at most {MAX_NAMES}")
@@ -108,9 +101,9 @@ def parse_answer(text: str) -> ParsedAnswer:
         return ParsedAnswer((), (), reasoning, _why_no_answer(text, begin, end))
     line_start, body_start = found
     values, body_end, says_nothing = _read_body(text, body_start, end)
-    named = [(name, span) for name, span in (_name(text, value) for value in values) if name]
-    usable = _distinct((name, span) for name, span in named if _is_usable(name))[:MAX_NAMES]
-    says_nothing = says_nothing or (bool(named) and all(_NOTHING.match(name) for name, _ in named))
+    named = [(name, span) for name, span in (read_name(text, v.start, v.end, quoted=v.quoted) for v in values) if name]
+    usable = distinct((name, span) for name, span in named if is_usable(name))[:MAX_NAMES]
+    says_nothing = says_nothing or (bool(named) and all(NOTHING.match(name) for name, _ in named))
     problem = None if usable or says_nothing else _NO_NAME
     reasoning = _without_fence(text[begin:line_start]) or thought or text[body_end:end].strip(" \n\t`]}.")
     names, spans = tuple(name for name, _ in usable), tuple(span for _, span in usable)
@@ -128,31 +121,6 @@ def answer_is_complete(text: str) -> bool:
         return False
     values, close = _scan_list(text, start, end)
     return close is not None and not any(value.quote_is_open for value in values)
-
-
-def name_confidence(raw: RawAnswer, span: tuple[int, int]) -> float | None:
-    """Probability in [0, 1] that the reasoner gave to a name, the characters `span` of its text; None when unknown.
-
-    The list repeats what the reasoning has concluded, so its own tokens are nearly certain, right or wrong. The choice
-    was made where the reasoning says the name for the last time, with its article ("The" against "Nothing here fits")
-    and what it says of it in brackets ("a cup (fits)"); all count.
-    """
-    if raw.tokens is None:
-        return None
-    places = [span, *_last_mention(raw.text, span)]
-    logprobs = [
-        token.logprob for token in raw.tokens if any(token.start < end and start < token.end for start, end in places)
-    ]
-    return math.exp(sum(logprobs)) if logprobs else None
-
-
-def _last_mention(text: str, span: tuple[int, int]) -> list[tuple[int, int]]:
-    """Where the lines above that of `span` say its name last, with article and brackets; empty where they do not."""
-    start, end = span
-    above = max(text.rfind("\n", 0, start), 0)
-    name = rf"(?:(?:an?|the|some)\s{{1,4}})?{re.escape(text[start:end])}(?:e?s)?"
-    mention = rf"(?<!\w){name}(?!\w)(?:\s\([^()\n]{{1,60}}\))?"
-    return [found.span() for found in re.finditer(mention, text[:above], re.IGNORECASE)][-1:]
 
 
 # --- where the answer is ---
@@ -232,16 +200,7 @@ _OPENING, _CLOSING, _SEPARATORS = "[【［{", "]】］}", ",，、;；"
 _CLOSING_QUOTES = dict(zip("\"'`“„‘「『«", ['"', "'", "`", '”"', '“”"', "’'", "」", "』", "»"], strict=True))
 _QUOTED_LIMIT = 6 * MAX_NAME_LENGTH + 2  # a name in which JSON escapes every character
 _NAME_KEYS = {"label", "labels", "name", "names", "object", "objects", "target", "targets", "category"}
-_PLACEHOLDERS = {"object_names", "object names", "object_name"}
 _NO_NAME = 'the answer line holds no object name and is not "Targets: []"'
-_NOTHING = re.compile(
-    r"(?:none|nothing|n/a|null|无|没有|なし"
-    r"|no (?:(?:suitable|matching|such|relevant|related) )?(?:objects?|items?|targets?))"
-    r"(?=$|[^\w\s/-]"
-    r"|\s(?:of|in|on|at|here|that|this|to|is|are|can|fits?|match|matches|visible|found|suitable)\b)"
-    r"|there (?:is|are) (?:no|none|nothing)\b",
-    re.IGNORECASE,
-)
 _BULLET = re.compile(r"[ \t]{0,16}(?:[-*•–+]|\d{1,3}[.)、])[ \t]{1,8}")
 _BULLET_END = re.compile(r"[:：,，;；(（\n]|[ \t][-–—][ \t]")
 _BEHIND_QUOTE = rf"[ \t*]{{0,8}}(?:[{re.escape(_SEPARATORS + _CLOSING)}:：.\n]|$)"
@@ -252,7 +211,6 @@ _COLON = re.compile(r"\s{0,8}[:：]")
 _BARE_END = re.compile(rf"[{re.escape(_SEPARATORS + _OPENING + _CLOSING)}\n]")
 _BARE_END_IN_OBJECT = re.compile(rf"[{re.escape(_SEPARATORS + _OPENING + _CLOSING)}:：\n]")
 _PHRASE_END = re.compile(rf"[{_SEPARATORS}\n。！？]|[.!?](?=\s|$)|[ \t](?:and|or|&)[ \t]")
-_NUMBER = re.compile(r"[-+]?[\d.]+%?")
 
 
 @dataclass(frozen=True)
@@ -275,7 +233,7 @@ def _read_body(text: str, start: int, end: int) -> tuple[list[_Value], int, bool
             return _scan_list(text, body, close)[0], close, False
         return values, close, not values and not text[body:close].strip(" \n\t[]{}【】［］")
     line_end = _find_or(text, "\n", body, end)
-    if _NOTHING.match(text[body:line_end].lstrip(_EDGES)):
+    if NOTHING.match(text[body:line_end].lstrip(EDGES)):
         return [], line_end, True
     if "\n" in text[start:body]:
         bullets, bullets_end = _read_bullets(text, start, end)
@@ -390,69 +348,6 @@ def _read_phrase(text: str, start: int, end: int) -> list[_Value]:
         values.append(_Value(i, stop.start()))
         i = stop.end()
     return values
-
-
-# --- names ---
-
-_EDGES = " \t\r\n\f\v\u00a0\u3000.,;:!?。，、；：！？*_`\"'“”„‘’「」『』«»[]{}【】［］"
-_ARTICLE = re.compile(r"(?:an?|the)\s+(?=\S)", re.IGNORECASE)
-_BARE_ARTICLE = re.compile(r"(?:and|or|&|an?|the)\s+(?=\S)", re.IGNORECASE)
-
-
-def _name(text: str, value: _Value) -> tuple[str, tuple[int, int]]:
-    """(name, its span in `text`) of a value; the name is "" where there is none."""
-    start, end = _core(text, value.start, value.end, _ARTICLE if value.quoted else _BARE_ARTICLE)
-    raw = text[start:end]
-    if not value.quoted:
-        return ("" if _NUMBER.fullmatch(raw) else _collapse(raw)), (start, end)
-    return (_clean(_unescape(raw)) if "\\" in raw else _collapse(raw)), (start, end)
-
-
-def _core(text: str, start: int, end: int, article: re.Pattern[str] = _ARTICLE) -> tuple[int, int]:
-    """`[start, end)` without decoration, punctuation and articles at its edges."""
-    while start < end and (text[end - 1] in _EDGES or text[end - 1] == "\\" or text[end - 1].isspace()):
-        end -= 1
-    while start < end:
-        leading = article.match(text, start, end)
-        if leading:
-            start = leading.end()
-        elif text[start] in _EDGES or text[start].isspace():
-            start += 1
-        else:
-            break
-    return start, end
-
-
-def _clean(name: str) -> str:
-    start, end = _core(name, 0, len(name))
-    return _collapse(name[start:end])
-
-
-def _collapse(name: str) -> str:
-    return " ".join(name.split())
-
-
-def _unescape(raw: str) -> str:
-    try:
-        return str(json.loads(f'"{raw}"', strict=False))
-    except ValueError:  # not JSON: the backslashes are the model's own
-        return raw
-
-
-def _is_usable(name: str) -> bool:
-    return (
-        0 < len(name) <= MAX_NAME_LENGTH
-        and any(char.isalnum() for char in name)
-        and name.casefold() not in _PLACEHOLDERS
-        and not _NOTHING.match(name)
-    )
-
-
-def _distinct(named: Iterable[tuple[str, T]]) -> list[tuple[str, T]]:
-    first: dict[str, tuple[str, T]] = {}
-    for name, extra in named:
-        first.setdefault(name.casefold(), (name, extra))
-    return list(first.values())
 
 
 def _find_or(text: str, mark: str, start: int, end: int) -> int:

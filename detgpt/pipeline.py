@@ -15,9 +15,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from detgpt.answer import RETRY_INSTRUCTION, ParsedAnswer, name_confidence, parse_answer
+from detgpt.answer import RETRY_INSTRUCTION, ParsedAnswer, parse_answer
 from detgpt.boxes import nms_per_target, one_target_per_box
 from detgpt.calibration import Calibration
+from detgpt.confidence import name_confidence
 from detgpt.errors import InputError, UnreadableNameError
 from detgpt.guards.guarded import GuardedReasoner
 from detgpt.guards.reading import choose_reader

@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detgpt.answer import (
-    MAX_NAME_LENGTH,
     MAX_NAMES,
     RETRY_INSTRUCTION,
     answer_is_complete,
     format_answer,
     format_instruction,
-    name_confidence,
     parse_answer,
 )
+from detgpt.confidence import name_confidence
 from detgpt.errors import InputError
+from detgpt.names import MAX_NAME_LENGTH
 from detgpt.reasoners import RawAnswer, TokenSpan
 
 CUP_AND_BOTTLE = ("cup", "bottle")

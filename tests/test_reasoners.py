@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from detgpt.answer import RETRY_INSTRUCTION, format_instruction, name_confidence, parse_answer
+from detgpt.answer import RETRY_INSTRUCTION, format_instruction, parse_answer
+from detgpt.confidence import name_confidence
 from detgpt.errors import InputError, MissingExtraError, ModelError
 from detgpt.reasoners import RawAnswer, Request, Turn
 from detgpt.reasoners.huggingface import HuggingFaceReasoner

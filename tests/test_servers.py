@@ -28,8 +28,9 @@ from test_reasoners import ask, image, read
 from typer.testing import CliRunner
 
 from detgpt import DetGPT
-from detgpt.answer import format_instruction, name_confidence, parse_answer
+from detgpt.answer import format_instruction, parse_answer
 from detgpt.cli import app
+from detgpt.confidence import name_confidence
 from detgpt.errors import InputError, ModelError
 from detgpt.reasoners import RawAnswer, Request, TokenSpan, Turn
 from detgpt.reasoners.openai import OpenAIReasoner

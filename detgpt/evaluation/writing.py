@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from detgpt.answer import MAX_NAME_LENGTH, parse_answer
+from detgpt.answer import parse_answer
+from detgpt.names import MAX_NAME_LENGTH
 
 MAX_WISH_LENGTH = 300
 OTHER = "other"

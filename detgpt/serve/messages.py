@@ -22,9 +22,10 @@ from pydantic import model_validator as validator
 from pydantic_core import PydanticCustomError
 from starlette.datastructures import UploadFile
 
-from detgpt.answer import MAX_NAME_LENGTH, MAX_NAMES
+from detgpt.answer import MAX_NAMES
 from detgpt.described import described
 from detgpt.guards import Action, Place
+from detgpt.names import MAX_NAME_LENGTH
 from detgpt.pipeline import Options
 from detgpt.results import Target
 

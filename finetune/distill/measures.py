@@ -9,7 +9,8 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from detgpt import terminal
-from detgpt.answer import name_confidence, parse_answer
+from detgpt.answer import parse_answer
+from detgpt.confidence import name_confidence
 from detgpt.evaluation.calibration import summary
 from detgpt.evaluation.judging import Judged
 from detgpt.images import load_image

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from detgpt.answer import MAX_NAME_LENGTH
 from detgpt.evaluation.data import Record
 from detgpt.evaluation.readers import Source
 from detgpt.evaluation.readers.folder import to_row
 from detgpt.evaluation.readers.refcoco import open_refs, records_of
+from detgpt.names import MAX_NAME_LENGTH
 from finetune.data.convert import Converted
 
 USES = frozenset({"annotations", "images"})
