@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from functools import cache
-from typing import Any, TypeVar, get_type_hints
+from functools import cache, partial
+from typing import Annotated, Any, TypeVar, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, TypeAdapter, ValidationError
+from transformers import TrainingArguments
 
 from detgpt.errors import InputError
 
@@ -52,3 +53,7 @@ def checked(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
 def _types(kind: type) -> dict[str, Any]:
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
+
+
+TrainerSettings = Annotated[dict[str, Any], AfterValidator(partial(checked, TrainingArguments))]
+"""The `trainer:` of a stage whose trainer is that of transformers."""

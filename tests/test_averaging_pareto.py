@@ -17,7 +17,7 @@ from finetune.averaging.plot import draw
 from finetune.recipe import find_recipe, read_recipe, run_recipe
 
 PICTO = Path(__file__).parents[1] / "finetune/picto"
-UNSURE = (13, 125, 129, 160, 193, 204, 210, 265, 277, 282, 302, 327)  # wishes answered now right and now wrong
+SOME = (13, 125, 129, 160, 193, 204, 210, 265, 277, 282, 302, 327)  # of its wishes
 QUESTIONS = 2
 
 
@@ -97,7 +97,7 @@ def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     shutil.copytree(PICTO / "splits/needs/images", folder / "wishes/images")
     lines = (PICTO / "splits/needs/data.jsonl").read_text().splitlines()
-    (folder / "wishes/data.jsonl").write_text("\n".join(lines[i] for i in UNSURE))
+    (folder / "wishes/data.jsonl").write_text("\n".join(lines[i] for i in SOME))
     settings = read_recipe(find_recipe("pareto-picto/study")).model_dump(mode="json")
     align = settings["align"] | {"model": "picto", "train": str(folder / "wishes"), "iterations": 2, "prompts": 8}
     align["sampling"]["count"] = 4

@@ -11,7 +11,7 @@ from finetune.preference.compare import table
 from finetune.recipe import find_recipe, read_recipe, run_recipe
 
 SPLIT = Path(__file__).parents[1] / "finetune/picto/splits/needs"
-UNSURE = (13, 125, 129, 160, 193, 204, 210, 265)  # wishes answered now right and now wrong
+SOME = (13, 125, 129, 160, 193, 204, 210, 265)  # of its wishes
 FEWER = {
     "raft": {"iterations": 1, "prompts": 4, "sampling": {"count": 2}},
     "iterative_dpo": {"iterations": 1, "prompts": 8, "sampling": {"count": 4}},
@@ -24,7 +24,7 @@ def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     shutil.copytree(SPLIT / "images", folder / "wishes/images")
     lines = (SPLIT / "data.jsonl").read_text().splitlines()
-    (folder / "wishes/data.jsonl").write_text("\n".join(lines[i] for i in UNSURE))
+    (folder / "wishes/data.jsonl").write_text("\n".join(lines[i] for i in SOME))
     settings = read_recipe(find_recipe("alignment-picto/table")).model_dump(mode="json")
     for tuning in settings["tunings"].values():
         tuning |= FEWER.get(tuning["stage"], {})

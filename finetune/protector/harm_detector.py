@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch.nn.functional import binary_cross_entropy_with_logits as binary_cross_entropy
 from torch.utils.data import Dataset
 from transformers import (
@@ -37,7 +37,7 @@ from transformers.integrations import TensorBoardCallback
 from detgpt.errors import InputError, ModelError
 from detgpt.guards.parts import HarmDetector
 from finetune import callbacks, rundir
-from finetune.arguments import arguments, checked
+from finetune.arguments import TrainerSettings, arguments
 from finetune.preference.reward import pair_loss
 from finetune.protector.exchanges import Exchange, read_exchanges, scored_text
 from finetune.protector.measure import auroc, labelled, score
@@ -71,12 +71,7 @@ class Config(StageConfig):
     misspelled: float = Field(default=0.1, ge=0, le=1)
     hidden: float = Field(default=0.1, ge=0, lt=1)
     max_length: int = Field(default=512, ge=8)
-    trainer: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("trainer")
-    @classmethod
-    def _known(cls, trainer: dict[str, Any]) -> dict[str, Any]:
-        return checked(TrainingArguments, trainer)
+    trainer: TrainerSettings = Field(default_factory=dict)
 
 
 def run(config: Config) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from scipy.sparse import csr_array
 from scipy.sparse.linalg import svds
 from tokenizers import Tokenizer
@@ -31,7 +31,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from detgpt.errors import InputError
 from detgpt.guards.network import TOKENIZER_FILE, QuestionNetwork, side_by_side
 from finetune import callbacks, rundir
-from finetune.arguments import arguments, checked
+from finetune.arguments import TrainerSettings, arguments
 from finetune.protector.exchanges import read_questions
 from finetune.recipe import StageConfig
 
@@ -54,12 +54,7 @@ class Config(StageConfig):
     width: int = Field(default=64, ge=8)
     filters: int = Field(default=128, ge=8)
     hidden: float = Field(default=0.1, ge=0, lt=1)
-    trainer: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("trainer")
-    @classmethod
-    def _known(cls, trainer: dict[str, Any]) -> dict[str, Any]:
-        return checked(TrainingArguments, trainer)
+    trainer: TrainerSettings = Field(default_factory=dict)
 
 
 def run(config: Config) -> None:

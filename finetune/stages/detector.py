@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from detgpt.models import resolve
 from finetune import rundir
-from finetune.arguments import arguments, checked
+from finetune.arguments import TrainerSettings, arguments
 from finetune.grounding.augment import Augmentation
 from finetune.grounding.data import Example, Source
 from finetune.grounding.evaluation import average_precisions
@@ -58,12 +58,7 @@ class Config(StageConfig):
     augmentation: Augmentation | None = Augmentation()
     proposals: Proposals | None = None
     reasoner: str = "picto"
-    trainer: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("trainer")
-    @classmethod
-    def _known(cls, trainer: dict[str, Any]) -> dict[str, Any]:
-        return checked(TrainingArguments, trainer)
+    trainer: TrainerSettings = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_beginning(self) -> Config:
