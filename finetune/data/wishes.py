@@ -86,8 +86,8 @@ def write_wishes(
     needs: str | Path,
     output: str | Path,
     *,
-    wishes: int = 3,
-    absent: int = 1,
+    wishes: int = 10,
+    absent: int = 3,
     seed: int = 0,
     held_out: bool = False,
 ) -> int:
