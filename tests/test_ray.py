@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from PIL import Image
 from test_serve import PROBLEM, free_port, png
 
@@ -52,10 +53,13 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(tiny_pair_folder: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the job gives without Ray."""
+    """What the job gives without Ray, on one thread as in a worker: more of them round otherwise."""
     output = tmp_path_factory.mktemp("plain") / "found.jsonl"
     model = DetGPT.from_pretrained(tiny_pair_folder, device="cpu")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     assert batches.run(model, read_jobs(str(photos), "drink"), output, batch_size=3) == Outcome(30, 1, 0)
+    torch.set_num_threads(threads)
     return output
 
 
