@@ -125,7 +125,7 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> Path:
     partial.mkdir()
     try:
         write(partial)
-    except BaseException:
+    except BaseException:  # also where it is interrupted: half a folder is of no use
         shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)

@@ -210,8 +210,8 @@ class HuggingFaceReasoner:
                 arguments = self._prefixes.resume(images, inputs, max_new_tokens)
                 sequences = self._model.generate(**arguments, max_new_tokens=max_new_tokens, **hooks)
                 self._prefixes.keep(images, arguments, sequences)
-            except Exception:
-                self._prefixes.clear()  # if memory was short, the next call has more
+            except Exception:  # whatever it was: if memory was short, the next call has more
+                self._prefixes.clear()
                 raise
 
     def _encode(self, requests: Sequence[Request]) -> Any:
