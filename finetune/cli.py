@@ -7,8 +7,6 @@ Under a launcher it is the same command: `accelerate launch -m finetune.cli run 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +17,7 @@ from detgpt.errors import StoppedError
 from finetune.averaging.cli import average
 from finetune.data.cli import app as data_app
 from finetune.distill.cli import app as distill_app
+from finetune.processes import parted
 
 TERMINATED = 143  # what a shell says of a process that SIGTERM ended
 
@@ -50,17 +49,6 @@ def run(
         except StoppedError as stopped:
             terminal.note(str(stopped))
             raise typer.Exit(TERMINATED) from None
-
-
-@contextmanager
-def parted() -> Iterator[None]:
-    """Under a launcher, let processes that are done end together: one that a faster one leaves alone would crash."""
-    yield
-    import torch.distributed
-
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 @app.command()

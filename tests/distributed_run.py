@@ -18,8 +18,8 @@ from transformers import Trainer, TrainingArguments
 from finetune.averaging.anchors import Anchor, AnchorSettings
 from finetune.batching import collator, draw_by_length
 from finetune.callbacks import LisaSettings, attach, train
-from finetune.cli import parted
 from finetune.loading import Checkpoint
+from finetune.processes import parted
 
 
 def main(folder: Path, *how: str) -> None:

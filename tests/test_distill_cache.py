@@ -158,6 +158,7 @@ def test_two_processes_write_what_one_does(records, tmp_path):
         run = [sys.executable, *launcher, *command, "--batch-size", "4", "--shard-size", "6"]
         ran = subprocess.run(run, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
         assert ran.returncode == 0, ran.stdout.decode()
+        assert ran.stdout.decode().count("tokens of 22 records") == 1  # not each for itself
     one, both = tmp_path / "one", tmp_path / "two"
     assert files(both) == files(one) and read_header(both) == read_header(one)
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from detgpt import terminal
+from finetune.processes import parted
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -41,8 +42,6 @@ def cache_command(
 
     detgpt-finetune distill cache picto data/train -o runs/teacher
     """
-    from finetune.cli import parted
-
     settings: dict[str, Any] = {
         "model": model,
         "train": train,

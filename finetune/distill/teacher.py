@@ -37,6 +37,7 @@ from finetune.distill.server import Served, ServerSettings
 from finetune.distill.sparse import NUMBERS, TEMPERATURES, Kept, drawn, narrowed, top
 from finetune.encoding import RecordEncoder
 from finetune.loading import Checkpoint, load
+from finetune.processes import processes
 from finetune.recipe import StageConfig
 from finetune.stages.reasoner import Paths
 
@@ -92,7 +93,7 @@ class Teacher(Protocol):
 def run(config: Config) -> None:
     if rundir.is_finished(config):
         return
-    state = PartialState()
+    state = processes()
     data = fingerprint(config.train)
     records = _answered(load_records(config.train))
     teacher = _teacher(config, state)

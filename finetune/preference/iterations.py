@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from accelerate import PartialState
 from pydantic import Field
 
 from detgpt import terminal
@@ -32,6 +31,7 @@ from finetune.loading import Checkpoint, load
 from finetune.preference.rewards import RewardSettings
 from finetune.preference.samples import Sampled, fallen, measured, read_lines, write_lines, write_records
 from finetune.preference.sampling import SamplingSettings, check_wishes, sample
+from finetune.processes import processes
 from finetune.stages.reasoner import REASONER, ReasonerConfig
 
 ITERATIONS = "iterations"
@@ -64,7 +64,7 @@ def iterate(config: IterationConfig, choose: Choose, learn: Learn) -> None:
 
     Raises `InputError` for data or settings that do not go together, or where there is nothing to choose.
     """
-    if PartialState().num_processes > 1:
+    if processes().num_processes > 1:
         raise InputError(f"stage {config.stage} asks and scores in one process: run it without a launcher")
     if rundir.is_finished(config):
         return
