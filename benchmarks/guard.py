@@ -75,6 +75,7 @@ def train(seed: int, place: Path) -> Path:
         "ngrams": {"output": place / "ngrams", "train": questions},
         "fresh": {"output": place / "fresh", "train": place / "data/train"},
         "network": {"output": place / "network", "train": questions, "tokenizer": place / "fresh/detector"},
+        "encoder": {"output": place / "encoder", "train": questions, "trainer.use_cpu": "true"},
         "detector": {
             "output": place / "detector",
             "model": place / "fresh/detector",
@@ -88,6 +89,7 @@ def train(seed: int, place: Path) -> Path:
             "detector": place / "detector/detector",
             "ngrams": place / "ngrams/ngrams",
             "network": place / "network/network",
+            "encoder": place / "encoder/encoder",
             "detoxifier": "null",
             "validation": place / "data/validation",
             "test": FOLDER / "test",

@@ -44,7 +44,7 @@ STAGES = {
     "pareto": "finetune.averaging.pareto",
     "compare": "finetune.preference.compare",
     **{name: f"finetune.protector.{name}" for name in ("harm_detector", "detoxifier", "guard")},
-    **{f"protector.{step}": f"finetune.protector.{step}" for step in ("data", "fresh", "ngrams", "network")},
+    **{f"protector.{step}": f"finetune.protector.{step}" for step in ("data", "fresh", "ngrams", "network", "encoder")},
     **{name: f"finetune.preference.{name}" for name in ("reward", "dpo", "iterative_dpo", "raft", "grpo", "rloo")},
     **{
         f"picto.{step}": f"finetune.picto.{step}"

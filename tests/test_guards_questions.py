@@ -1,8 +1,9 @@
-"""N-grams and a network judge questions beside a detector, and a folder says how much each counts."""
+"""N-grams, a network and an encoder judge questions beside a detector, and a folder says how much each counts."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from detgpt.errors import InputError, ModelError
+from detgpt.guards.encoder import QuestionEncoder
 from detgpt.guards.network import NETWORK_FILE, TOKENIZER_FILE, QuestionNetwork
 from detgpt.guards.ngrams import NGrams
 from detgpt.guards.parts import HarmDetector, Questions
@@ -20,12 +22,11 @@ from finetune.protector.exchanges import read_questions
 from finetune.protector.network import company
 from finetune.protector.ngrams import fit
 from finetune.recipe import run_recipe
+from tests.tiny_encoder import KICKS, PLAYS, WORDS, learn, save_base, write_questions
 from tests.tiny_guards import HARM, save_guard
 
-KICKS = ["I kick dogs now", "let me kick dogs"]
-PLAYS = ["I kick balls now", "let me walk dogs"]
-WORDS = ["[UNK]", "i", "we", "let", "me", "kick", "walk", "dogs", "balls", "now"]
-ALONE, ANSWERED = [0.8, 0.4, 0.1], [0.5, 0.25, -1.0]
+CPU = torch.device("cpu")
+ALONE, ANSWERED = [0.8, 0.4, 0.6, 0.1], [0.5, 0.25, -1.0]
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +37,18 @@ def network() -> QuestionNetwork:
     return QuestionNetwork(tokenizer, width=8, filters=16).eval()
 
 
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return learn(save_base(tmp_path_factory.mktemp("base")), tmp_path_factory.mktemp("learned"))
+
+
 @pytest.fixture
-def folder(tmp_path: Path, network: QuestionNetwork) -> Path:
+def folder(tmp_path: Path, network: QuestionNetwork, learned: Path) -> Path:
     save_guard(tmp_path, detoxifier=False)
     ngrams = fit([*KICKS, *PLAYS] * 3, np.array([True, True, False, False] * 3), [["cruelty"], ["cruelty"], [], []] * 3)
     ngrams.save(tmp_path / "questions")
     network.save(tmp_path / "questions")
+    shutil.copytree(learned, tmp_path / "questions", dirs_exist_ok=True)
     return describe(tmp_path, {"folder": "questions", "alone": ALONE, "answered": ANSWERED})
 
 
@@ -53,9 +60,7 @@ def describe(folder: Path, questions: Any) -> Path:
 
 def judged_by(folder: Path) -> HarmDetector:
     described = json.loads((folder / "guard.json").read_text())["questions"]
-    return HarmDetector(
-        folder / "detector", list(HARM), torch.device("cpu"), questions=Questions.load(folder, described)
-    )
+    return HarmDetector(folder / "detector", list(HARM), CPU, questions=Questions.load(folder, described, CPU))
 
 
 def sigmoid(value: float) -> float:
@@ -98,19 +103,28 @@ def test_words_of_the_same_company_start_near_each_other():
 
 def test_they_judge_a_question_alone_and_have_a_say_in_an_answer(folder: Path):
     question = KICKS[0]
-    ((plain, plain_kind),) = HarmDetector(folder / "detector", list(HARM), torch.device("cpu")).score(
-        [(question, "stab")]
-    )
+    ((plain, plain_kind),) = HarmDetector(folder / "detector", list(HARM), CPU).score([(question, "stab")])
     ((alone, _), (answered, kind)) = judged_by(folder).score([(question, None), (question, "stab")])
     by_ngrams = float(NGrams.load(folder / "questions").score([question])[0])
     by_network = float(QuestionNetwork.load(folder / "questions").score([question])[0])
-    asked = ALONE[0] * by_ngrams + ALONE[1] * by_network + ALONE[2]
+    by_encoder = float(QuestionEncoder.load(folder / "questions").score([question])[0])
+    asked = ALONE[0] * by_ngrams + ALONE[1] * by_network + ALONE[2] * by_encoder + ALONE[3]
     assert alone == pytest.approx(sigmoid(asked), abs=1e-5)
     of_exchange, beside, bias = ANSWERED
     assert answered == pytest.approx(
         sigmoid(of_exchange * np.log(plain / (1 - plain)) + beside * asked + bias), abs=1e-4
     )
     assert kind == "cruelty" and plain_kind in HARM
+
+
+def test_a_question_that_was_judged_is_not_read_again_with_its_answer(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    detector, read = judged_by(folder), list[str]()
+    score = QuestionEncoder.score
+    monkeypatch.setattr(QuestionEncoder, "score", lambda self, texts: (read.extend(texts), score(self, texts))[1])
+    ((before, _),) = detector.score([(KICKS[0], None)])
+    ((answered, _),) = detector.score([(KICKS[0], "stab")])
+    ((again, _),) = detector.score([(KICKS[0], "stab")])
+    assert read == [KICKS[0]] and answered == again != before
 
 
 def test_of_several_turns_the_worst_counts(folder: Path):
@@ -126,7 +140,7 @@ def test_breaking_a_wish_into_lines_does_not_hide_it(folder: Path):
 
 
 def test_the_guard_of_a_folder_has_them(folder: Path):
-    describe(folder, {"folder": "questions", "alone": [1.0, 0.0, 0.0], "answered": ANSWERED})
+    describe(folder, {"folder": "questions", "alone": [1.0, 0.0, 0.0, 0.0], "answered": ANSWERED})
     guard = Protector(folder)
     assert guard.check("I kick dogs now").action == "refused"  # of which the detector knows no word
     assert guard.check("I kick balls now").action == "pass"
@@ -135,10 +149,10 @@ def test_the_guard_of_a_folder_has_them(folder: Path):
 @pytest.mark.parametrize(
     ("questions", "says"),
     [
-        ({}, "'folder' and three numbers each 'alone' and 'answered'"),
-        ({"folder": "questions", "alone": [1.0, 0.0], "answered": [1, 0, 0]}, "three numbers each 'alone'"),
-        ({"folder": "questions", "alone": ["much", 0, 0], "answered": [1, 0, 0]}, "three numbers each 'alone'"),
-        ({"folder": "nowhere", "alone": [1, 0, 0], "answered": [1, 0, 0]}, "nowhere"),
+        ({}, "'folder', four numbers 'alone' and three 'answered'"),
+        ({"folder": "questions", "alone": [1.0, 0.0, 0.0], "answered": [1, 0, 0]}, "four numbers 'alone'"),
+        ({"folder": "questions", "alone": ["much", 0, 0, 0], "answered": [1, 0, 0]}, "four numbers 'alone'"),
+        ({"folder": "nowhere", "alone": [1, 0, 0, 0], "answered": [1, 0, 0]}, "nowhere"),
     ],
 )
 def test_a_folder_that_describes_them_wrong_is_named(folder: Path, questions: Any, says: str):
@@ -146,8 +160,8 @@ def test_a_folder_that_describes_them_wrong_is_named(folder: Path, questions: An
         Protector(describe(folder, questions))
 
 
-def test_a_guard_is_made_of_both_or_of_none():
-    with pytest.raises(InputError, match="give both"):
+def test_a_guard_is_made_of_all_or_of_none():
+    with pytest.raises(InputError, match="give all"):
         run_recipe("guard-picto/guard", ["network=null"])
 
 
@@ -155,16 +169,11 @@ def test_a_guard_is_made_of_both_or_of_none():
 
 
 def test_they_learn_from_questions_of_one_turn(tmp_path: Path):
-    write(tmp_path, ("I kick dogs", True), ("I kick balls", False), ("I kick balls\nI kick dogs", True))
+    write_questions(tmp_path, ("I kick dogs", True), ("I kick balls", False), ("I kick balls\nI kick dogs", True))
     assert read_questions(tmp_path) == {"I kick dogs": (True, ()), "I kick balls": (False, ())}
 
 
 def test_there_must_be_harm_and_no_harm(tmp_path: Path):
-    write(tmp_path, ("I kick dogs", True))
+    write_questions(tmp_path, ("I kick dogs", True))
     with pytest.raises(InputError, match="one kind"):
         read_questions(tmp_path)
-
-
-def write(folder: Path, *asked: tuple[str, bool]) -> None:
-    rows = [{"question": question, "question_harmful": harmful} for question, harmful in asked]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -187,8 +187,11 @@ def test_the_recipe_makes_a_guard_in_miniature(tmp_path, monkeypatch):
             for part in ("detector", "detoxifier")
             for key in ("vocabulary=600", "width=64", "layers=1")
         ),
-        *(f"{step}.{value}" for step in ("detector", "detoxifier", "network") for value in short),
+        *(f"{step}.{value}" for step in ("detector", "detoxifier", "network", "encoder") for value in short),
         "network.trainer.num_train_epochs=20",
+        "encoder.model=build/guard/fresh/detector",  # a BERT that has read nothing
+        "encoder.trainer.learning_rate=0.005",
+        "encoder.trainer.max_steps=800",
         "guard.attacks=null",
     ]
     run_recipe("guard-picto", overrides)
@@ -201,11 +204,12 @@ def test_the_recipe_makes_a_guard_in_miniature(tmp_path, monkeypatch):
     classifier = AutoModelForSequenceClassification.from_pretrained(guard / "detector")
     assert classifier.config.num_labels == 1 + len(described["categories"])
     assert [classifier.config.id2label[1 + i] for i in range(len(described["categories"]))] == described["categories"]
-    questions = Questions.load(guard, described["questions"])
+    questions = Questions.load(guard, described["questions"], torch.device("cpu"))
     assert questions.alone[0] > 0 and len(questions.ngrams.hashes) > 1000
     learned = read_questions(tmp_path / "build/guard/data/train")
-    scores, harmful = questions.network.score(list(learned)), np.array([harm for harm, _ in learned.values()])
-    assert auroc(scores, harmful) > 0.9
+    harmful = np.array([harm for harm, _ in learned.values()])
+    for part in (questions.network, questions.encoder):
+        assert auroc(part.score(list(learned)), harmful) > 0.9
     assert AutoModelForCausalLM.from_pretrained(guard / "detoxifier").config.max_position_embeddings >= 512
     run = json.loads((tmp_path / "build/guard/assembled/run.json").read_text())
     assert run["metrics"]["test_auroc"] > 0.6  # five short epochs: better than chance

@@ -27,8 +27,9 @@ def described():
 
 @pytest.fixture(scope="module")
 def detector(described):
-    questions = Questions.load(GUARD, described["questions"])
-    return HarmDetector(GUARD / "detector", described["categories"], torch.device("cpu"), questions=questions)
+    cpu = torch.device("cpu")
+    questions = Questions.load(GUARD, described["questions"], cpu)
+    return HarmDetector(GUARD / "detector", described["categories"], cpu, questions=questions)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,6 @@ def test_it_leaves_the_harmless_alone(metrics):
         assert metrics[split]["false_positives"] <= UTILITY
 
 
-@pytest.mark.xfail(strict=True, reason="one in thirty look-alikes is still refused")
 def test_it_leaves_alone_what_only_sounds_like_harm(metrics):
     for split in ("test", "categories"):
         assert metrics[split]["over_refusal"] <= UTILITY

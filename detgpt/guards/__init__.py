@@ -2,9 +2,9 @@
 
 A guard judges what was asked and what is about to be said. It lets harmless words through as they are, has harmful
 answers rewritten, or refuses with a reason. Backends, one file each: `protector` (a harm detector and a detoxifier,
-after MLLM-Protector, arXiv:2401.02906; beside a small detector `ngrams` and `network`), `served` (a guard model on an
-OpenAI-compatible server). `guarded` puts one before a reasoner, `reading` reads what is written in a picture,
-`template` has the wording that the models of a guard are trained on.
+after MLLM-Protector, arXiv:2401.02906; beside a small detector `ngrams`, `network` and `encoder`), `served` (a guard
+model on an OpenAI-compatible server). `guarded` puts one before a reasoner, `reading` reads what is written in a
+picture, `template` has the wording that the models of a guard are trained on.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import (
 
 from detgpt.errors import InputError, ModelError
 from detgpt.guards import Exchange
+from detgpt.guards.encoder import QuestionEncoder
 from detgpt.guards.network import QuestionNetwork
 from detgpt.guards.ngrams import NGrams
 from detgpt.guards.normalise import normalised
@@ -33,35 +34,40 @@ ROWS_PER_PASS = 16
 MAX_REWRITTEN = 256  # tokens
 
 
-@dataclass(frozen=True)
+@dataclass
 class Questions:
-    """What judges questions beside a detector, which is better at answers, and names the kind of harm.
+    """What judges questions in a detector's place, and has a say in answers: a detector that has read little tells
+    answers well, questions less. It names the kind of harm, too.
 
-    alone: the factors of the n-grams' logit and of the network's for a question, and a bias. answered: the factors of
-    the detector's logit for an exchange and of its question's, and a bias. Both are logistic regressions.
+    alone: the factors of the logits of the three for a question, and a bias. answered: the factors of the detector's
+    logit for an exchange and of its question's, and a bias. Both are logistic regressions.
     """
 
     ngrams: NGrams
     network: QuestionNetwork
-    alone: tuple[float, float, float] = (0.5, 0.5, 0.0)
-    answered: tuple[float, float, float] = (1.0, 0.0, 0.0)
+    encoder: QuestionEncoder
+    alone: tuple[float, ...] = (0.3, 0.3, 0.3, 0.0)
+    answered: tuple[float, ...] = (1.0, 0.0, 0.0)
+    _said: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def load(cls, guard: Path, described: Mapping[str, Any]) -> Questions:
+    def load(cls, guard: Path, described: Mapping[str, Any], device: torch.device) -> Questions:
         """Those that a guard's folder describes as "folder", "alone" and "answered". Raises `ModelError`."""
         try:
-            (of_ngrams, of_network, question_bias), (of_exchange, beside, bias) = (
-                described["alone"],
-                described["answered"],
-            )
-            alone = (float(of_ngrams), float(of_network), float(question_bias))
-            answered = (float(of_exchange), float(beside), float(bias))
+            alone, answered = (tuple(map(float, described[name])) for name in ("alone", "answered"))
             folder = guard / described["folder"]
+            if (len(alone), len(answered)) != (4, 3):
+                raise ValueError(f"got {len(alone)} and {len(answered)}")
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(
-                f"{guard}: 'questions' must have 'folder' and three numbers each 'alone' and 'answered': {error!r}"
+                f"{guard}: 'questions' must have 'folder', four numbers 'alone' and three 'answered': {error!r}"
             ) from error
-        return cls(NGrams.load(folder), QuestionNetwork.load(folder), alone, answered)
+        return cls.of(folder, device, alone=alone, answered=answered)
+
+    @classmethod
+    def of(cls, folder: Path, device: torch.device, **factors: tuple[float, ...]) -> Questions:
+        """Those of a folder. Raises `ModelError`."""
+        return cls(NGrams.load(folder), QuestionNetwork.load(folder), QuestionEncoder.load(folder, device), **factors)
 
     def asked(self, questions: Sequence[str]) -> np.ndarray:
         """The logits of harm of questions, (N,): of the worst that is said in one, line by line and as a whole."""
@@ -70,17 +76,25 @@ class Questions:
             for question in questions
         ]
         said = self.said([part for these in parts for part in these])
-        of_ngrams, of_network, bias = self.alone
-        logits = of_ngrams * said[:, 0] + of_network * said[:, 1] + bias
+        *factors, bias = self.alone
+        logits = said @ np.array(factors) + bias
         starts = np.cumsum([0, *map(len, parts)])[:-1]
         return np.maximum.reduceat(logits, starts) if len(parts) else logits
 
     def said(self, texts: Sequence[str]) -> np.ndarray:
-        """The logits of the n-grams and of the network, (N, 2)."""
-        return np.stack([self.ngrams.score(texts), self.network.score(texts)], axis=1)
+        """The logits of n-grams, network and encoder, (N, 3).
+
+        Those of the last call are kept: a question is judged before it is answered, and again with each sentence.
+        """
+        new = [text for text in dict.fromkeys(texts) if text not in self._said]
+        logits = np.stack([part.score(new) for part in (self.ngrams, self.network, self.encoder)], axis=1)
+        known = self._said | dict(zip(new, logits, strict=True))
+        self._said = {text: known[text] for text in texts}
+        return np.array([known[text] for text in texts], np.float32).reshape(-1, 3)
 
     def mix(self, exchanges: Sequence[Exchange], logits: np.ndarray) -> np.ndarray:
-        """The logits of harm of exchanges, (N,), from those of the detector, (N,)."""
+        """The logits of harm of exchanges, (N,), from those of the detector, (N,), of which those without an answer
+        do not matter."""
         asked = self.asked([question for question, _ in exchanges])
         of_exchange, beside, bias = self.answered
         alone = np.array([answer is None for _, answer in exchanges], bool)
@@ -88,7 +102,7 @@ class Questions:
 
 
 class HarmDetector:
-    """How harmful an exchange is, and in which way."""
+    """How harmful an exchange is, and in which way. `questions` judge the questions in its place, if they are there."""
 
     def __init__(
         self,
@@ -110,7 +124,7 @@ class HarmDetector:
                 "there must be one for harm and one for each category"
             )
         self._categories = tuple(categories)
-        self._questions = questions
+        self.questions = questions
         self._model.config.pad_token_id = self._tokenizer.pad_token_id
         could = _window(self._tokenizer, self._model)
         self._most = min(could, max_length or could)
@@ -130,8 +144,8 @@ class HarmDetector:
         return found
 
     def _kind(self, exchange: Exchange, logits: torch.Tensor) -> str | None:
-        if self._questions is not None:
-            return self._questions.ngrams.kind(*exchange)
+        if self.questions is not None:
+            return self.questions.ngrams.kind(*exchange)
         return self._categories[int(logits.argmax())] if len(logits) else None
 
     def _fitting(self, question: str, answer: str | None) -> list[Exchange]:
@@ -165,14 +179,15 @@ class HarmDetector:
 
     def _logits(self, exchanges: Sequence[Exchange]) -> torch.Tensor:
         """(rows, 1 + categories), float32."""
-        parts = []
-        for start in range(0, len(exchanges), ROWS_PER_PASS):
-            rows = [harm_prompt(*exchange) for exchange in exchanges[start : start + ROWS_PER_PASS]]
-            inputs = self._tokenizer(rows, padding=True, return_token_type_ids=False, return_tensors="pt")
-            parts.append(self._model(**inputs.to(self._model.device)).logits.float().cpu())
-        logits = torch.cat(parts) if parts else torch.empty(0, 1 + len(self._categories))
-        if self._questions is not None:
-            logits[:, 0] = torch.from_numpy(self._questions.mix(exchanges, logits[:, 0].numpy()))
+        logits = torch.zeros(len(exchanges), 1 + len(self._categories))
+        read = [i for i, (_, answer) in enumerate(exchanges) if answer is not None or self.questions is None]
+        for start in range(0, len(read), ROWS_PER_PASS):
+            rows = read[start : start + ROWS_PER_PASS]
+            texts = [harm_prompt(*exchanges[i]) for i in rows]
+            inputs = self._tokenizer(texts, padding=True, return_token_type_ids=False, return_tensors="pt")
+            logits[rows] = self._model(**inputs.to(self._model.device)).logits.float().cpu()
+        if self.questions is not None:
+            logits[:, 0] = torch.from_numpy(self.questions.mix(exchanges, logits[:, 0].numpy()))
         if not torch.isfinite(logits).all():
             raise ModelError("the harm detector gave a number that is none: its weights are damaged")
         return logits

@@ -6,15 +6,15 @@ The folder holds `guard.json`, `detector/` and, unless harmful answers are only 
 
     {"detector": "detector", "detoxifier": "detoxifier", "threshold": 0.5,
      "categories": ["violence", …], "refusals": {"violence": "I will not help to hurt somebody. …"},
-     "questions": {"folder": "questions", "alone": [0.6, 0.5, 0.2], "answered": [0.9, 0.3, -0.1]}}
+     "questions": {"folder": "questions", "alone": [0.6, 0.4, 0.5, 0.2], "answered": [0.9, 0.3, -0.1]}}
 
 The detector is a sequence classifier: its first logit says harm, the others which of the categories. "questions", which
-a small detector needs, are n-grams and a network that judge a question alone, and beside the detector one with
-an answer; the numbers are those of `parts.Questions`. The detoxifier is
-a language model that goes on from `template.rewrite_prompt`; what it writes is judged again, and refused if it is still
-harmful. The detector reads what a text hides by spelling or encoding (`normalise`), as it did in training. Texts that
-are longer than it reads at once ("max_length" tokens, where that is less than the model could) are judged in
-overlapping pieces; the most harmful one counts.
+a small detector needs, are n-grams, a network and an encoder that judge a question alone, and beside the detector one
+with an answer; the numbers are those of `parts.Questions`. The detoxifier is a language model that goes on from
+`template.rewrite_prompt`; what it writes is judged again, and refused if it is still harmful. The detector reads what a
+text hides by spelling or encoding (`normalise`), as it did in training. Texts that are longer than it reads at once
+("max_length" tokens, where that is less than the model could) are judged in overlapping pieces; the most harmful one
+counts.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Protector:
             self.described.categories,
             on,
             max_length=self.described.max_length,
-            questions=None if self.described.questions is None else Questions.load(place, self.described.questions),
+            questions=None if self.described.questions is None else Questions.load(place, self.described.questions, on),
         )
         rewriter = self.described.detoxifier if detoxify else None
         self._detoxifier = None if rewriter is None else Detoxifier(place / rewriter, on)

@@ -49,7 +49,9 @@ def card(
     """The text of the card."""
     parts = "a harm detector and a detoxifier" if has_detoxifier else "a harm detector"
     beside = (
-        " Questions are judged by n-grams and a text CNN,\nwhich have a say in answers, too; the n-grams name the kind."
+        """
+Questions are judged by n-grams, a text CNN and a sentence encoder, which have a say in answers, too; the n-grams name
+the kind."""
         if has_questions
         else ""
     )

@@ -6,7 +6,7 @@
     alone: 0                # questions of the training without an answer; every other one means harm
 
     train, validation, test     exchanges that share no text and no question
-    questions                   the `alone`: for n-grams and a network, which read no answers
+    questions                   the `alone`: for n-grams, network and encoder, which read no answers
     strangers                   the same by an author of whom training has nothing
     categories                  kinds of harm that no training knows, with harmless exchanges, by that author
 

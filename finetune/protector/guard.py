@@ -12,6 +12,7 @@ and `attacks` are only measured. The weights are kept in half precision, and wha
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +29,6 @@ from detgpt import terminal
 from detgpt.device import choose_device
 from detgpt.errors import InputError
 from detgpt.evaluation import fields
-from detgpt.guards.network import QuestionNetwork
-from detgpt.guards.ngrams import NGrams
 from detgpt.guards.normalise import normalised
 from detgpt.guards.parts import HarmDetector, Questions
 from detgpt.guards.template import conversation
@@ -44,9 +43,9 @@ from finetune.protector.texts import Texts
 from finetune.recipe import StageConfig
 
 GUARD = "guard"  # in a run's folder: the result
-GUARD_FILE = "guard.json"
+GUARD_FILE, QUESTIONS = "guard.json", "questions"
 SUREST = 1e-6  # a chance this near to none or to certainty has no logit that could be reckoned with
-FREE = 1e3  # next to no limit to how much a number may weigh, of which there are two or three
+FREE = 1e3  # next to no limit to how much a number may weigh, of which there are three or four
 Metrics = dict[str, float]
 
 
@@ -54,7 +53,7 @@ class Config(StageConfig):
     """Settings of the stage.
 
     detector, detoxifier: folders of the trained models; without a detoxifier harmful answers are refused. ngrams,
-    network: both of what judges questions beside the detector, if anything does. validation: exchanges for the
+    network, encoder: what judges questions beside the detector, if anything does. validation: exchanges for the
     threshold. most: the largest share of harmless texts that it may flag there. test, strangers, categories, attacks:
     what is measured besides, see `finetune.protector.splits`. refusals: a friendly text for each kind of harm; those of
     the built-in set unless given.
@@ -65,6 +64,7 @@ class Config(StageConfig):
     detoxifier: Path | None = None
     ngrams: Path | None = None
     network: Path | None = None
+    encoder: Path | None = None
     validation: Path | list[Path]
     most: float = Field(default=0.02, gt=0, lt=1)
     test: Path | None = None
@@ -74,9 +74,9 @@ class Config(StageConfig):
     refusals: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _both(self) -> Config:
-        if (self.ngrams is None) != (self.network is None):
-            raise InputError("ngrams and network judge questions together: give both, or leave both out")
+    def _all_or_none(self) -> Config:
+        if len({part is None for part in (self.ngrams, self.network, self.encoder)}) == 2:
+            raise InputError("ngrams, network and encoder judge questions together: give all, or leave all out")
         return self
 
 
@@ -89,13 +89,11 @@ def run(config: Config) -> None:
     def write(place: Path) -> None:
         labels = _save(config, place)
         detector = HarmDetector(place / "detector", labels, choose_device(None))
-        questions = None
-        if config.ngrams is not None and config.network is not None:
-            questions = Questions(NGrams.load(config.ngrams), QuestionNetwork.load(config.network))
-            questions.ngrams.save(place / "questions")
-            questions.network.save(place / "questions")
-            questions = mixed(detector, questions, read_exchanges(config.validation))
-            detector = HarmDetector(place / "detector", labels, choose_device(None), questions=questions)
+        for part in filter(None, (config.ngrams, config.network, config.encoder)):
+            shutil.copytree(part, place / QUESTIONS, dirs_exist_ok=True)
+        if config.ngrams is not None:
+            questions = Questions.of(place / QUESTIONS, choose_device(None))
+            detector.questions = mixed(detector, questions, read_exchanges(config.validation))
         curves: dict[str, Scored] = {}
         threshold = 0.0
         for name in SPLITS:
@@ -109,13 +107,13 @@ def run(config: Config) -> None:
             found.update(prefixed(name, measured(scored, exchanges, threshold, seed=config.seed)))
         if config.attacks is not None:
             found.update(prefixed("attacks", caught(detector, config.attacks, threshold)))
-        rundir.write_json(place / GUARD_FILE, _described(config, threshold, labels, questions))
+        rundir.write_json(place / GUARD_FILE, _described(config, threshold, labels, detector.questions))
         write_roc(place / "roc.png", curves, threshold)
         text = card(
             found,
             labels,
             has_detoxifier=config.detoxifier is not None,
-            has_questions=questions is not None,
+            has_questions=detector.questions is not None,
             most=config.most,
         )
         (place / "README.md").write_text(text, encoding="utf-8")
@@ -156,10 +154,10 @@ def mixed(detector: HarmDetector, questions: Questions, exchanges: Sequence[Exch
     return replace(questions, answered=_regression(both[~scored.asked], scored.harmful[~scored.asked]))
 
 
-def _regression(features: np.ndarray, harmful: np.ndarray) -> tuple[float, float, float]:
-    """Two factors and a bias, for features (N, 2)."""
-    (first, second), bias = logistic_regression(csr_array(features), harmful, FREE)
-    return round(float(first), 4), round(float(second), 4), round(bias, 4)
+def _regression(features: np.ndarray, harmful: np.ndarray) -> tuple[float, ...]:
+    """Their factors and a bias, for features (N, F)."""
+    factors, bias = logistic_regression(csr_array(features), harmful, FREE)
+    return tuple(round(float(number), 4) for number in (*factors, bias))
 
 
 def _described(config: Config, threshold: float, labels: Sequence[str], questions: Questions | None) -> dict[str, Any]:
@@ -173,7 +171,7 @@ def _described(config: Config, threshold: float, labels: Sequence[str], question
     }
     if questions is None:
         return described
-    return described | {"questions": {"folder": "questions", "alone": questions.alone, "answered": questions.answered}}
+    return described | {"questions": {"folder": QUESTIONS, "alone": questions.alone, "answered": questions.answered}}
 
 
 def measured(scored: Scored, exchanges: Sequence[Exchange], threshold: float, *, seed: int = 0) -> Metrics:

@@ -43,7 +43,7 @@ class Config(StageConfig):
     stage: Literal["protector.ngrams"] = "protector.ngrams"
     train: Path | list[Path]
     strength: float = Field(default=30.0, gt=0)
-    kept: int = Field(default=400_000, ge=1)
+    kept: int = Field(default=130_000, ge=1)
 
 
 def run(config: Config) -> None:
@@ -64,7 +64,7 @@ def fit(
     kinds: Sequence[Sequence[str]],
     *,
     strength: float = 30.0,
-    kept: int = 400_000,
+    kept: int = 130_000,
 ) -> NGrams:
     """The n-grams that tell harmful questions, (N,) bool, from others, and of which of their N `kinds` they are.
 
