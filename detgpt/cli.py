@@ -232,12 +232,14 @@ def chat(
 def serve(*, choice: Choice, serving: Serving, cluster: Cluster, settings: dict[str, Any]) -> None:
     """Answer over HTTP: POST /v1/detect. Ctrl-C or SIGTERM lets running requests finish.
 
-    --guard refuses or rewrites what would do harm.
+    The guard is on; --no-guard turns it off.
 
     detgpt serve --port 8000
 
     curl -F image=@kitchen.png -F instruction="I am thirsty" http://127.0.0.1:8000/v1/detect
     """
+    if choice.guard is None:
+        choice = replace(choice, guard=True)
     load = partial(choice.load, settings)
     if cluster.ray:
         choice.pair(reasons=True)

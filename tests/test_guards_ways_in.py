@@ -1,4 +1,4 @@
-"""The guard on the command line, in the service and on the page: on where it is asked for, kind when it refuses."""
+"""The guard on the command line, in the service and on the page: on where strangers ask, and kind when it refuses."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_chat_goes_on_after_a_refusal(folder: Path, tiny_pair_folder: Path, pi
 
 
 @pytest.mark.parametrize(("flags", "guarded"), [([], True), (["--guard"], True), (["--no-guard"], False)])
-def test_the_service_has_the_guard_that_is_named_unless_told_otherwise(
+def test_the_service_has_a_guard_unless_told_otherwise(
     folder: Path, tiny_pair_folder: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], guarded: bool
 ):
     loads: list[Any] = []
@@ -147,15 +147,9 @@ def test_a_visitor_reads_a_refusal_and_may_go_on(model: DetGPT):
 
 
 @pytest.mark.parametrize(
-    ("flags", "guard"),
-    [
-        ([], None),
-        (["--guard"], "picto"),
-        (["--guard-model", "mine"], "mine"),
-        (["--no-guard", "--guard-model", "mine"], None),
-    ],
+    ("flags", "guard"), [([], "picto"), (["--guard-model", "mine"], "mine"), (["--no-guard"], None)]
 )
-def test_the_page_has_a_guard_where_it_is_asked_for(
+def test_the_page_has_a_guard_unless_told_otherwise(
     monkeypatch: pytest.MonkeyPatch, flags: list[str], guard: str | None
 ):
     from detgpt.web import launch

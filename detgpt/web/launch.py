@@ -35,13 +35,10 @@ def demo(
     auth: Annotated[str | None, typer.Option(metavar="USER:PASSWORD", help="Ask visitors for this login.")] = None,
     queue_size: Annotated[int, typer.Option(min=1, help="Wishes that may wait; more are turned away.")] = 32,
     mcp: Annotated[bool, typer.Option("--mcp", help="Also be an MCP server, for agents.")] = False,
-    guard: Annotated[
-        bool | None, typer.Option("--guard/--no-guard", help="Refuse or rewrite what would do harm.")
-    ] = None,
+    guard: Annotated[bool, typer.Option("--guard/--no-guard", help="Refuse or rewrite what would do harm.")] = True,
     guard_model: Annotated[
-        str | None,
-        typer.Option(help="picto, a guard's folder, or the address of a server of guard models; turns the guard on."),
-    ] = None,
+        str, typer.Option(help="picto, a guard's folder, or the address of a server that runs a guard model.")
+    ] = "picto",
     guard_key: Annotated[
         str | None, typer.Option(help="Key for that server.", envvar="DETGPT_GUARD_KEY", show_default=False)
     ] = None,
@@ -61,11 +58,10 @@ def demo(
     with terminal.reporting(debug=False):
         server = base_url or resolve(model).base_url
         names = [model] if share or server or not _is_local(host) else [model, *PAIRS]
-        guarded = guard or (guard is None and guard_model)
         loading: dict[str, Any] = {
             "device": device,
             **({"base_url": server, "api_key": reasoner_key} if server else {}),
-            **({"guard": guard_model or "picto", "guard_key": guard_key} if guarded else {}),
+            **({"guard": guard_model, "guard_key": guard_key} if guard else {}),
             **({"picture_text": picture_text} if picture_text else {}),
         }
         page: dict[str, Any] = {
