@@ -24,21 +24,27 @@ from pydantic import Field
 from scipy.sparse import csr_array
 from scipy.sparse.linalg import svds
 from tokenizers import Tokenizer
-from torch.nn.functional import binary_cross_entropy_with_logits as binary_cross_entropy
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import set_seed
 
 from detgpt.errors import InputError
 from detgpt.guards.network import TOKENIZER_FILE, QuestionNetwork, side_by_side
 from finetune import callbacks, rundir
-from finetune.arguments import TrainerSettings, arguments
+from finetune.arguments import TrainerSettings
+from finetune.protector.asked import Asked, AskedTrainer, asked_arguments
 from finetune.protector.exchanges import read_questions
 from finetune.recipe import StageConfig
 
 NETWORK = "network"  # in a run's folder: the result
 COMPANY = 3  # pieces: how far two may stand apart to meet
 LONGEST = 64  # pieces of a question in training; the rest is cut off
-CERTAIN = 0.98  # how sure it shall be at most
+DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 4,
+    "per_device_train_batch_size": 128,
+    "learning_rate": 1.5e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,  # of all steps
+    "save_steps": 1000,
+}
 
 
 class Config(StageConfig):
@@ -59,7 +65,7 @@ class Config(StageConfig):
 
 def run(config: Config) -> None:
     """Train, and write the result; a run that was interrupted goes on from its last checkpoint."""
-    args = _arguments(config)
+    args = asked_arguments(config.output, config.seed, config.trainer, DEFAULTS)
     if rundir.is_finished(config):
         return
     folder = rundir.start(config)
@@ -70,10 +76,10 @@ def run(config: Config) -> None:
     ids = network.encode(list(asked))
     with torch.no_grad():
         network.pieces.weight.copy_(torch.from_numpy(company(ids, len(network.pieces.weight), config.width)))
-    trainer = _Trainer(
+    trainer = AskedTrainer(
         model=network,
         args=args,
-        train_dataset=_Asked(ids, [harmful for harmful, _ in asked.values()]),
+        train_dataset=Asked(ids, [harmful for harmful, _ in asked.values()], LONGEST),
         data_collator=_Collator(config.hidden),
     )
     callbacks.attach(trainer)
@@ -107,17 +113,6 @@ def company(ids: Sequence[Sequence[int]], vocabulary: int, width: int) -> np.nda
     return np.where(lengths > 1e-6, vectors / np.maximum(lengths, 1e-6), 0).astype(np.float32)
 
 
-class _Asked(Dataset):
-    def __init__(self, ids: Sequence[Sequence[int]], harmful: Sequence[bool]) -> None:
-        self._ids, self._harmful = ids, harmful
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"input_ids": self._ids[index][:LONGEST], "harmful": self._harmful[index]}
-
-
 class _Collator:
     def __init__(self, hidden: float) -> None:
         self._hidden = hidden
@@ -125,17 +120,7 @@ class _Collator:
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = side_by_side([item["input_ids"] for item in items])
         batch["attention_mask"] *= torch.rand(batch["attention_mask"].shape) >= self._hidden
-        return batch | {"labels": torch.tensor([float(item["harmful"]) for item in items])}
-
-
-class _Trainer(Trainer):
-    def compute_loss(
-        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        labels = inputs.pop("labels")
-        logits = model(**inputs)
-        loss = binary_cross_entropy(logits, labels * (2 * CERTAIN - 1) + (1 - CERTAIN))
-        return (loss, {"logits": logits}) if return_outputs else loss
+        return batch | {"labels": torch.tensor([item["labels"] for item in items])}
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
@@ -146,28 +131,3 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
-
-
-def _arguments(config: Config) -> TrainingArguments:
-    defaults: dict[str, Any] = {
-        "num_train_epochs": 4,
-        "per_device_train_batch_size": 128,
-        "learning_rate": 1.5e-3,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.1,  # of all steps
-        "weight_decay": 0.01,
-        "train_sampling_strategy": "group_by_length",
-        "logging_steps": 50,
-        "report_to": "none",
-        "save_steps": 1000,
-        "save_total_limit": 1,
-        "dataloader_pin_memory": False,
-    }
-    ours = {
-        "output_dir": str(config.output / rundir.CHECKPOINTS),
-        "seed": config.seed,
-        "remove_unused_columns": False,
-        "label_names": [],
-        "eval_strategy": "no",
-    }
-    return arguments(TrainingArguments, config.trainer, defaults=defaults, ours=ours)
